@@ -1,0 +1,26 @@
+# The two commands of the README, and what they need.
+#   make quickstart   set up, then text -> tokenizer -> training -> export -> sentences (TEXT=, TOKENIZER=, OUT=)
+#   make test         set up, then the tests (15 minutes at most on 2 cores)
+#   make test-all     also the long proofs
+
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= quickstart-run
+
+.PHONY: quickstart test test-all clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python examples/quickstart/run.py --out "$(OUT)" $(if $(TEXT),--text "$(TEXT)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+# Installed once; again only when what is to be installed changes.
+$(VENV)/.installed: setup.py pyproject.toml tools/make_venv.sh
+	sh tools/make_venv.sh $(VENV)
+
+clean:
+	rm -rf $(VENV) $(OUT)

@@ -1,0 +1,164 @@
+"""The `boreal` command: parse, call one library function, print.
+
+Nothing heavy is imported before a verb needs it. Exit codes: 0 done, 1 a problem in the input, 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from boreal_megatron.errors import BorealError
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except BorealError as error:
+        say_error(error)
+        return 1
+    except KeyboardInterrupt:
+        print("boreal: interrupted", file=sys.stderr)
+        return 130
+
+
+def say_error(error):
+    """Once for a problem that every rank sees before the run starts; with the rank for one that only some meet."""
+    rank = int(os.environ.get("RANK", 0))
+    distributed = sys.modules.get("torch.distributed")
+    started = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if rank == 0 or started:
+        where = f" [rank {rank}]" if "RANK" in os.environ else ""
+        print(f"boreal{where}: {error}", file=sys.stderr, flush=True)
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="boreal", description="Pretraining of hybrid Gated DeltaNet language models.")
+    verbs = top.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    p = verbs.add_parser("train", help="train, or go on from the last checkpoint; start it with torchrun for several processes")
+    config_arguments(p)
+    p.set_defaults(run=train)
+
+    p = verbs.add_parser("check", help="say everything that is wrong with a configuration")
+    config_arguments(p)
+    p.add_argument("--world", type=int, help="number of processes the run will have")
+    p.set_defaults(run=check)
+
+    p = verbs.add_parser("plan", help="know before you launch")
+    plans = p.add_subparsers(required=True, metavar="WHAT")
+    p = plans.add_parser("params", help="exact parameter counts per component")
+    p.add_argument("model", help="a preset, or a configuration file")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=plan_params)
+
+    from boreal_megatron.data import cli as data_cli
+
+    data_cli.add_parser(verbs)
+
+    p = verbs.add_parser("export", help="write a Hugging Face folder and prove it equal to the trained model")
+    p.add_argument("checkpoint", help="an iter_* folder, or the folder above it (its latest)")
+    p.add_argument("out")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=export)
+
+    p = verbs.add_parser("generate", help="continue prompts from a training checkpoint")
+    p.add_argument("checkpoint", help="an iter_* folder, or the folder above it (its latest)")
+    p.add_argument("--prompt", action="append", default=None, help="may be given several times")
+    p.add_argument("--tokens", type=int, default=64)
+    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=generate)
+    return top
+
+
+def config_arguments(p):
+    p.add_argument("config", nargs="+", help="YAML files, merged left to right, then a.b.c=value overrides")
+
+
+def load_config(words):
+    from boreal_megatron.config.load import load
+
+    files = [w for w in words if "=" not in w]
+    return load(files, [w for w in words if "=" in w])
+
+
+def train(args):
+    config = load_config(args.config)
+    from boreal_megatron.config.check import check as check_config
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    check_config(config, world)
+    from boreal_megatron.log import quiet
+
+    quiet()
+    from boreal_megatron.train.loop import train as run
+
+    run(config, world=world)
+
+
+def check(args):
+    from boreal_megatron.config.check import check as check_config
+
+    config = load_config(args.config)
+    check_config(config, args.world)
+    print("nothing is wrong with this configuration" + ("" if args.world else " (say --world N to check the layout too)"))
+
+
+def plan_params(args):
+    from boreal_megatron.config.load import resolve_preset, validate
+    from boreal_megatron.config.presets import PRESETS
+    from boreal_megatron.config.schema import Model
+    from boreal_megatron.plan import params
+
+    known = args.model in PRESETS
+    if not known and not os.path.exists(args.model):
+        raise BorealError(f"{args.model!r} is neither a file nor a preset; presets: {', '.join(PRESETS)}")
+    model = validate(Model, resolve_preset({"preset": args.model}), args.model) if known else load_config([args.model]).model
+    counts = params.count(model)
+    claims = params.card_claims(args.model, counts)
+    if args.json:
+        print(json.dumps({"model": args.model, **counts, "card": claims}, indent=1))
+    else:
+        print("\n".join([params.table(counts), *claims]))
+
+
+def export(args):
+    from boreal_megatron.log import bar, quiet
+
+    quiet()
+    from boreal_megatron.convert.export import TOLERANCE, export as run
+
+    with bar("exporting", "tensors") as progress:
+        found = run(args.checkpoint, args.out, dtype=args.dtype, progress=progress)
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(f"wrote {found['folder']} from {found['checkpoint']}")
+    print(
+        f"max logit difference to the trained model over {found['positions']} positions, fp32: "
+        f"{found['max_logit_difference']:.2e}; step-by-step decoding: {found['max_decode_difference']:.2e} "
+        f"(allowed {TOLERANCE:.0e})"
+    )
+
+
+def generate(args):
+    from boreal_megatron.log import quiet
+
+    quiet()
+    from boreal_megatron.generate import generate as run
+
+    texts = run(
+        args.checkpoint, args.prompt or [""], max_new_tokens=args.tokens, temperature=args.temperature, seed=args.seed
+    )
+    if args.json:
+        print(json.dumps(texts))
+    else:
+        print("\n---\n".join(texts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""The one description of a run: frozen pydantic models, no torch, no megatron.
+
+Units live in names: `positions` are what the network sees, `raw_tokens` are what the data set loses; with bags of
+k tokens one position is k raw tokens. Derived values are methods, never stored fields.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Gate = Literal["silu", "sigmoid"]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# ---------------------------------------------------------------- the network
+
+
+class Attention(Frozen):
+    """Gated grouped-query softmax attention: per-head q/k RMSNorm, partial RoPE, elementwise output gate."""
+
+    heads: Positive
+    kv_heads: Positive
+    head_dim: Positive = 256
+    gate: Gate = "silu"
+    rope_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    rope_theta: Annotated[float, Field(gt=0.0)] = 1e7
+
+    def rope_dim(self):
+        """Rotated dimensions of each head (even)."""
+        return int(self.head_dim * self.rope_fraction)
+
+
+class GDN(Frozen):
+    """Gated DeltaNet mixer (arXiv 2412.06464): key heads, value heads grouped over them, one head_dim for both."""
+
+    key_heads: Positive
+    value_heads: Positive
+    head_dim: Positive = 128
+    conv_width: Annotated[int, Field(ge=2)] = 4
+    gate: Gate = "silu"
+
+
+class MoE(Frozen):
+    """Fine-grained experts, sigmoid router with the noaux_tc balancing bias, one ungated shared expert."""
+
+    experts: Positive
+    top_k: Positive
+    expert_hidden_size: Positive
+    shared_hidden_size: Positive
+    route_scale: float = 2.5
+
+
+class Model(Frozen):
+    """The network. `pattern` has one letter a half-block: `*` attention, `G` Gated DeltaNet, `-` dense SwiGLU,
+    `E` MoE; spaces are ignored, `8x(...)` repeats, and what follows `/` is the MTP head's block."""
+
+    pattern: str
+    vocab_size: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    attention: Attention
+    gdn: GDN
+    moe: MoE | None = None
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    max_positions: Positive
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Parallel(Frozen):
+    """How the model is cut. Data parallelism is what remains: world / (tensor * pipeline)."""
+
+    tensor: Positive = 1
+    sequence_parallel: bool = False
+    pipeline: Positive = 1
+    expert: Positive = 1
+
+
+class Piece(Frozen):
+    """Learning rate over one phase, replacing the run's schedule there (annealing, context extension)."""
+
+    shape: Literal["constant", "linear", "cosine"]
+    start: Annotated[float, Field(ge=0.0)]
+    end: Annotated[float, Field(ge=0.0)]
+
+
+class Phase(Frozen):
+    """One stretch of the run, with what holds during it.
+
+    It ends when the run has consumed `until_raw_tokens`, or taken `until_steps` steps, both counted from the
+    start of the run; exactly one of the two is written.
+    """
+
+    name: str
+    until_raw_tokens: Positive | None = None
+    until_steps: Positive | None = None
+    bag_size: Positive = 1
+    sequence: Positive
+    positions_per_step: Positive
+    blend: dict[str, Annotated[float, Field(gt=0.0)]] | None = None
+    learning_rate: Piece | None = None
+    mtp_weight: Annotated[float, Field(ge=0.0)] = 0.1
+    router_bias_rate: Annotated[float, Field(ge=0.0)] = 1e-3
+
+    @model_validator(mode="after")
+    def _one_end(self):
+        if (self.until_raw_tokens is None) == (self.until_steps is None):
+            raise ValueError("write exactly one of until_raw_tokens and until_steps")
+        return self
+
+    def windows_per_step(self):
+        return self.positions_per_step // self.sequence
+
+    def raw_tokens_per_step(self):
+        """Raw tokens of a step with full bags; padded bags read a little less."""
+        return self.positions_per_step * self.bag_size
+
+
+class Schedule(Frozen):
+    """Learning rate over the phases that have no piece of their own. `wsd`: constant, then linear decay over the
+    last `decay_fraction`. Every shape ends at `final_fraction` of the peak, except `constant`."""
+
+    shape: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    peak: Annotated[float, Field(gt=0.0)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    final_fraction: Fraction = 0.1
+    decay_fraction: Fraction = 0.1
+
+
+class Optimizer(Frozen):
+    """AdamW. Weight decay touches matrices only; `train/optim.py` has the table."""
+
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: float = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    distributed: bool = True
+
+
+class Data(Frozen):
+    """`sources` maps a name to a Megatron data prefix (PREFIX.bin, PREFIX.idx)."""
+
+    tokenizer: str
+    sources: dict[str, str]
+    validation: str | None = None
+    boundaries: Literal["flat", "align"] = "flat"
+
+    @model_validator(mode="after")
+    def _some_source(self):
+        if not self.sources:
+            raise ValueError("sources is empty; name at least one data prefix")
+        return self
+
+
+class Checkpoint(Frozen):
+    folder: str
+    every_steps: Positive = 1000
+
+
+class Evaluation(Frozen):
+    """`windows` rows at intervals, `final_windows` at the end of the run (all there are, if fewer)."""
+
+    every_steps: Positive = 500
+    windows: Positive = 64
+    final_windows: Positive = 256
+
+
+class Log(Frozen):
+    every_steps: Positive = 10
+
+
+class Config(Frozen):
+    """A whole run. `check.py` says what is wrong with it beyond types."""
+
+    model: Model
+    parallel: Parallel = Parallel()
+    micro_batch: Positive = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    phases: tuple[Phase, ...] = Field(strict=False, min_length=1)
+    schedule: Schedule
+    optimizer: Optimizer = Optimizer()
+    data: Data
+    checkpoint: Checkpoint
+    evaluation: Evaluation = Evaluation()
+    log: Log = Log()
+    seed: int = 1234

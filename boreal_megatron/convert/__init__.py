@@ -1,0 +1,1 @@
+"""Between training checkpoints and the Hugging Face format: names, layouts, files and the modelling code."""

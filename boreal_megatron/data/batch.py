@@ -1,0 +1,102 @@
+"""Windows of bags to one micro-batch of tensors, flattened into a single packed row.
+
+Packing keeps one layout for everything downstream: what must not see each other is told by cu_seqlens, never by a
+batch dim. Bags lead, and k = 1 takes the same path.
+
+Shapes: k bag size, b windows, L positions of a window, T = b * L positions of the row, N stretches of one document.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. A target that counts weighs 1/k, so a full bag of them weighs 1; any other weighs 0.
+
+    Attributes:
+        ids: int64 [k, 1, T]; -1 is an empty slot of a padded bag.
+        labels: int64 [k, 1, T], the bag after each position's.
+        label_weight: fp32 [k, 1, T].
+        positions: int64 [1, T], 0..L-1 in each window.
+        cu_seqlens: int32 [N + 1], from 0 to T; a stretch ends with its window or its document.
+        max_seqlen: positions of the longest stretch.
+        mtp_ids: int64 [k, 1, T], what the multi-token head sees besides the hidden state: the next bag, as in ids.
+        mtp_labels: int64 [k, 1, T], two bags ahead; 0 at a window's last position, which has none.
+        mtp_label_weight: fp32 [k, 1, T].
+        raw_tokens: valid input ids.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    label_weight: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    mtp_ids: torch.Tensor
+    mtp_labels: torch.Tensor
+    mtp_label_weight: torch.Tensor
+    raw_tokens: int
+
+
+def make(windows, *, boundaries, device, fillers=0):
+    """Packs windows of one shape.
+
+    Args:
+        windows: what `Source.read_window` returns, b of them.
+        boundaries: "flat" (every label counts) or "align" (a label in another document than its input weighs 0).
+        device: where the tensors go.
+        fillers: the last so many windows weigh 0 and count no raw tokens; they only give a rank its row to run.
+    """
+    ids = np.stack([w["ids"] for w in windows], axis=1)  # [k, b, L + 1]
+    valid = np.stack([w["valid"] for w in windows], axis=1)
+    document = np.stack([w["document"] for w in windows])  # [b, L + 1]
+    k, b, bags = ids.shape
+    length = bags - 1
+    counted = np.arange(b) < b - fillers
+
+    def ahead(distance):
+        """Labels and their weights `distance` bags after each input, [k, b, L]; 0 beyond the window."""
+        reach = bags - distance  # inputs that have such a label in their window
+        labels, weight = np.zeros((k, b, length), np.int64), np.zeros((k, b, length), np.float32)
+        labels[..., :reach] = ids[..., distance:]
+        weight[..., :reach] = valid[..., distance:] * np.float32(1 / k)
+        if boundaries == "align":
+            weight[..., :reach] *= document[:, :reach] == document[:, distance:]
+        return labels, weight * counted[:, None]
+
+    # A stretch begins with each window and wherever an input bag's document is not the one before.
+    begins = np.ones((b, length), bool)
+    begins[:, 1:] = document[:, 1:length] != document[:, : length - 1]
+    cu_seqlens = np.append(np.flatnonzero(begins), b * length).astype(np.int32)
+
+    def row(values):  # [k, b, L] -> [k, 1, T]
+        return torch.from_numpy(np.ascontiguousarray(values).reshape(k, 1, b * length)).to(device)
+
+    labels, label_weight = ahead(1)
+    mtp_labels, mtp_label_weight = ahead(2)
+    bag_ids = np.where(valid, ids, -1)
+    return Batch(
+        ids=row(bag_ids[..., :-1]),
+        labels=row(labels),
+        label_weight=row(label_weight),
+        positions=torch.arange(length, device=device).repeat(b)[None],
+        cu_seqlens=torch.from_numpy(cu_seqlens).to(device),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        mtp_ids=row(bag_ids[..., 1:]),
+        mtp_labels=row(mtp_labels),
+        mtp_label_weight=row(mtp_label_weight),
+        raw_tokens=int((valid[..., :-1] & counted[:, None]).sum()),
+    )
+
+
+def of_tokens(ids, device):
+    """One document of plain tokens as a batch without labels, for looking at logits. ids: int64 [T]."""
+    window = {
+        "ids": np.append(ids.numpy(), 0)[None].astype(np.int64),
+        "valid": np.ones((1, len(ids) + 1), bool),
+        "document": np.zeros(len(ids) + 1, np.int64),
+    }
+    return make([window], boundaries="align", device=device, fillers=1)

@@ -1,0 +1,119 @@
+"""The loader: opens a run's sources, checks them, and hands each data-parallel rank its micro-batches.
+
+It keeps no state between calls. The caller holds the ledger and saves it with the checkpoint; every rank plans the
+whole step, which is cheap, and reads its own windows only.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from boreal_megatron.data import batch, sampler
+from boreal_megatron.data.indexed import IndexedReader
+from boreal_megatron.data.source import Source
+from boreal_megatron.errors import ProblemsError
+
+VALIDATION = "validation"
+
+
+class Loader:
+    """Training steps and validation rows as packed batches.
+
+    Args:
+        config: schema.Config.
+        dp_rank, dp_size: this rank's place in data parallelism.
+        device: where the tensors go.
+
+    Attributes:
+        sources: name -> Source.
+        validation_source: Source in file order, or None.
+
+    Raises:
+        BorealError: a data set is missing or damaged, too small for a phase's windows, or made with another tokenizer.
+    """
+
+    def __init__(self, config, dp_rank, dp_size, device):
+        self.config, self.dp_rank, self.dp_size, self.device = config, dp_rank, dp_size, device
+        self.boundaries = config.data.boundaries
+        _check_tokenizers(config)
+        common = {"boundaries": self.boundaries, "vocab_size": config.model.vocab_size}
+        self.sources = {
+            name: Source(name, prefix, config.seed, **common) for name, prefix in config.data.sources.items()
+        }
+        for phase in config.phases:
+            for name in sampler.blend(phase, self.sources):
+                self.sources[name].check_window(phase.bag_size, phase.sequence)
+        self.validation_source = None
+        if config.data.validation is not None:
+            in_file_order = np.arange(len(IndexedReader(config.data.validation)))
+            self.validation_source = Source(VALIDATION, config.data.validation, 0, order=in_file_order, **common)
+
+    def fingerprints(self):
+        """Returns name -> fingerprint: what the cursors of a ledger refer to."""
+        return {name: source.fingerprint for name, source in self.sources.items()}
+
+    def step(self, phase, ledger):
+        """Plans one training step.
+
+        Returns:
+            an iterator over this rank's Batches, which reads as it goes, and the Ledger after the step.
+        """
+        picks, after = sampler.plan(phase, ledger, self.sources, phase.windows_per_step())
+        mine = sampler.for_rank(picks, self.dp_rank, self.dp_size, self.config.micro_batch)
+        return (self._training_batch(phase, row) for row in mine), after
+
+    def _training_batch(self, phase, row):
+        windows = [self.sources[name].read_window(start, phase.bag_size, phase.sequence) for name, start in row]
+        return batch.make(windows, boundaries=self.boundaries, device=self.device)
+
+    def validation(self, bag_size, sequence, windows):
+        """Iterates over this rank's Batches of the first `windows` windows of the validation set, in file order.
+
+        The tail that fills no window is left out. Every rank gets the same number of Batches; windows that are only
+        there to fill the last ones weigh 0, so neither dp_size nor micro_batch changes the loss.
+
+        Raises:
+            BorealError: the validation set is smaller than one window.
+        """
+        source, micro_batch = self.validation_source, self.config.micro_batch
+        assert source is not None, "data.validation is not set"
+        source.check_window(bag_size, sequence)
+        offsets = source.edges(0, 0, bag_size, sequence, windows)[:-1].tolist()
+        row = self.dp_size * micro_batch
+        for first in range(self.dp_rank * micro_batch, -(-len(offsets) // row) * row, row):
+            mine = offsets[first : first + micro_batch]
+            fillers = micro_batch - len(mine)
+            mine += offsets[:1] * fillers
+            read = [source.read_window((0, offset), bag_size, sequence) for offset in mine]
+            yield batch.make(read, boundaries=self.boundaries, device=self.device, fillers=fillers)
+
+
+def _check_tokenizers(config):
+    """Raises ProblemsError if what `preprocess` noted beside the data does not fit the run or the other data sets."""
+    prefixes = dict(config.data.sources)
+    if config.data.validation is not None:
+        prefixes[VALIDATION] = config.data.validation
+    used = defaultdict(list)  # tokenizer fingerprint -> what has it
+    problems = []
+    for name, prefix in prefixes.items():
+        sidecar = Path(f"{prefix}.meta.json")
+        if not sidecar.exists():
+            continue
+        meta = json.loads(sidecar.read_text())
+        used[meta["tokenizer_sha256"]].append(f"'{name}'")
+        if meta["vocab_size"] > config.model.vocab_size:
+            problems.append(
+                f"'{name}' ({prefix}) has a vocabulary of {meta['vocab_size']}; expected at most "
+                f"{config.model.vocab_size} (model.vocab_size): raise it, or tokenize again"
+            )
+    tokenizer = Path(config.data.tokenizer) / "tokenizer.json"
+    if used and tokenizer.is_file():
+        used[hashlib.sha256(tokenizer.read_bytes()).hexdigest()].append("data.tokenizer")
+    if len(used) > 1:
+        groups = "; ".join(f"{sha[:12]} by {', '.join(names)}" for sha, names in used.items())
+        problems.append(f"different tokenizers are used: {groups}; expected one: tokenize the odd ones again")
+    if problems:
+        raise ProblemsError("data", problems)

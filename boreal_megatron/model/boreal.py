@@ -1,0 +1,107 @@
+"""The network: megatron-core's HybridModel with bags in front and our losses behind.
+
+k bag, b = 1 packed row, s positions, h hidden; per rank s/tp under sequence parallelism.
+"""
+
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from boreal_megatron.config.layout import stage_pattern
+from boreal_megatron.model import head, rope
+from boreal_megatron.model.config import transformer_config
+from boreal_megatron.model.embedding import BagEmbedding
+from boreal_megatron.model.init import initialise
+from boreal_megatron.model.spec import stack_spec
+
+
+class BorealModel(HybridModel):
+    """One pipeline stage of a BOREAL network.
+
+    Args:
+        config: `config.schema.Config`.
+        mesh: `parallel.Mesh`.
+    """
+
+    def __init__(self, config, mesh):
+        super().__init__(
+            config=transformer_config(config),
+            hybrid_stack_spec=stack_spec(config.model),
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.model.max_positions,
+            hybrid_layer_pattern=stage_pattern(config.model.pattern, config.parallel.pipeline),
+            pre_process=mesh.first_stage,
+            post_process=mesh.last_stage,
+            share_embeddings_and_output_weights=config.model.tie_embeddings,
+            position_embedding_type="none",
+            pg_collection=mesh.groups,
+        )
+        self.description = config.model
+        if hasattr(self, "embedding"):
+            BagEmbedding.adopt(self.embedding.word_embeddings)
+            if self.share_embeddings_and_output_weights and self.post_process:
+                # Where the MTP block has an embedding of its own, on a last stage that is not the first, the tied
+                # head uses that one; HybridModel allocates a second weight there, and nothing reads it.
+                self.output_layer.weight = None
+
+    def forward(self, batch):
+        """A micro-batch through this stage.
+
+        Returns:
+            The last stage: the loss vector of `head.Losses`, [4] FP32. Other stages: hidden [s/tp, 1, h].
+        """
+        hidden, common = self._decode(batch)
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        mtp = None
+        if self.mtp_process:
+            both = self.mtp(
+                input_ids=batch.mtp_ids,
+                position_ids=None,
+                hidden_states=hidden,
+                attention_mask=None,
+                embedding=self.embedding,
+                **common,
+            )
+            hidden, ahead = both.chunk(2, dim=0)
+            mtp = self._loss(weight, ahead, batch.mtp_labels, batch.mtp_label_weight)
+        main = self._loss(weight, hidden, batch.labels, batch.label_weight)
+        return head.Losses.pack(main, mtp)
+
+    def logits(self, batch):
+        """Logits of a single-process model, [s, v]."""
+        hidden, _ = self._decode(batch)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden, weight=weight)[0][:, 0]
+
+    def _decode(self, batch):
+        """Embedding and stack; also what the MTP block needs again."""
+        attention = self.description.attention
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        common = dict(
+            rotary_pos_emb=rope.rotary(batch.positions[0], attention.rope_dim(), attention.rope_theta),
+            packed_seq_params=packed,
+        )
+        hidden = self.embedding(input_ids=batch.ids, position_ids=None) if self.pre_process else None
+        return self.decoder(hidden_states=hidden, attention_mask=None, **common), common
+
+    def _loss(self, weight, hidden, labels, label_weight):
+        return head.multi_hot_loss(self.output_layer, weight, hidden, labels, label_weight, self.pg_collection.tp)
+
+
+def build(config, mesh):
+    """This rank's stage with its initial weights, on the mesh's device."""
+    model = BorealModel(config, mesh)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # Experts always reduce over the expert data-parallel group, so that the optimizer's structure, and with
+            # it the checkpoint's, is the same in every layout.
+            parameter.allreduce = False
+    initialise(model, config.seed, mesh)
+    return model

@@ -1,0 +1,71 @@
+"""From our description of a network to megatron-core's TransformerConfig: every field that BOREAL depends on."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from boreal_megatron import platform
+from boreal_megatron.config.pattern import expand
+
+
+def transformer_config(config):
+    """`config.schema.Config` -> TransformerConfig. One half-block of the pattern is one layer of megatron-core's."""
+    model, layout = config.model, config.parallel
+    main, mtp = expand(model.pattern)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    moe = {}
+    if model.moe:
+        moe = dict(
+            num_moe_experts=model.moe.experts,
+            moe_router_topk=model.moe.top_k,
+            moe_ffn_hidden_size=model.moe.expert_hidden_size,
+            moe_shared_expert_intermediate_size=model.moe.shared_hidden_size,
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+            moe_router_topk_scaling_factor=model.moe.route_scale,
+            moe_router_bias_update_rate=config.phases[0].router_bias_rate,
+            moe_router_load_balancing_type="none",
+            moe_router_dtype="fp32",
+            moe_token_dispatcher_type="alltoall",
+            moe_grouped_gemm=False,
+        )
+    return TransformerConfig(
+        num_layers=len(main),
+        is_hybrid_model=True,
+        mtp_num_layers=1 if mtp else None,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.attention.heads,
+        num_query_groups=model.attention.kv_heads,
+        kv_channels=model.attention.head_dim,
+        attention_output_gate=True,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        # `model/init.py` gives every weight its value by name, the same in every layout.
+        perform_initialization=False,
+        use_cpu_initialization=platform.current().name == "cpu",
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        # With batched point-to-point calls and virtual stages both directions share a peer, and data gets crossed.
+        batch_p2p_comm=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.precision == "bf16",
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        transformer_impl="local",
+        **moe,
+    )

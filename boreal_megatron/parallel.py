@@ -1,0 +1,96 @@
+"""The process mesh: one place that starts torch.distributed and touches megatron-core's global state.
+
+Everyone else is given a `Mesh`, or the `ProcessGroupCollection` inside it.
+"""
+
+import atexit
+import os
+import tempfile
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from boreal_megatron import compat, platform
+from boreal_megatron.config.schema import Parallel
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place. `groups` are megatron-core's process groups; `layout` is how the model is cut."""
+
+    layout: Parallel
+    groups: ProcessGroupCollection
+    rank: int
+    world: int
+    device: object
+
+    @property
+    def tp_rank(self):
+        return self.groups.tp.rank()
+
+    @property
+    def dp_rank(self):
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self):
+        return self.groups.dp.size()
+
+    @property
+    def pp_rank(self):
+        return self.groups.pp.rank()
+
+    @property
+    def first_stage(self):
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self):
+        return self.pp_rank == self.groups.pp.size() - 1
+
+    @property
+    def last_rank(self):
+        """The rank that prints: the last, as in Megatron, because it has the loss."""
+        return self.rank == self.world - 1
+
+
+def start(layout, seed):
+    """Join torch.distributed (torchrun's variables, or a world of one without them) and build the mesh.
+
+    The caller has checked that the layout divides the world (`config.check`).
+    """
+    here = platform.current()
+    here.setup()
+    compat.apply()
+    if not dist.is_initialized():
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(here.backend)
+        else:
+            folder = tempfile.TemporaryDirectory()
+            atexit.register(folder.cleanup)
+            store = dist.FileStore(os.path.join(folder.name, "store"), 1)
+            dist.init_process_group(here.backend, store=store, rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=1,
+        )
+    here.seed(seed)
+    return Mesh(
+        layout=layout,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        device=here.device(),
+    )
+
+
+def stop():
+    """Leave torch.distributed in order."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

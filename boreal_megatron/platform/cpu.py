@@ -1,0 +1,141 @@
+"""megatron-core on CPU tensors and gloo.
+
+megatron-core names CUDA in four ways: functions of `torch.cuda`, `device="cuda"` literals, its RNG tracker, and
+branches that test `is_cuda`. Each gets its CPU meaning here, once, and only where no CUDA device exists.
+`torch.cuda.is_available()` keeps telling the truth.
+"""
+
+import contextlib
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+def install():
+    """Give megatron-core's CUDA names their CPU meaning, in this thread. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    assert not torch.cuda.is_available(), "the CPU platform is for machines without CUDA"
+    _installed = True
+    # megatron-core's jit_fuser is torch.compile; compiling on CPU costs 20 s at the first step and needs a compiler.
+    torch.compiler.set_stance("force_eager")
+    _functions()
+    _rng()
+    _dispatcher()
+    # Mode objects are per thread: autograd's own threads run only backward formulas, which create no named devices.
+    CudaNamesOnCpu().__enter__()
+
+
+class _Event:
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, *args):
+        pass
+
+    wait = synchronize = record
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 0.0
+
+
+class _Stream:
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, *args):
+        pass
+
+    wait_event = synchronize = wait_stream
+
+    def record_event(self, *args):
+        return _Event()
+
+
+def _functions():
+    """torch.cuda's functions: one stream, nothing to wait for."""
+    stream = _Stream()
+    cuda = torch.cuda
+    cuda.current_device = lambda: _CPU
+    for name in ("synchronize", "empty_cache", "set_device"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    cuda.current_stream = cuda.default_stream = lambda *args: stream
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.stream = lambda stream: contextlib.nullcontext()
+
+
+def _is_cuda(device):
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class CudaNamesOnCpu(TorchFunctionMode):
+    """`device="cuda"` means the CPU, `.cuda()` the tensor itself, and pinned memory ordinary memory.
+
+    `Tensor.type()` answers as on a GPU, because megatron-core's optimizers sort parameters by strings such as
+    'torch.cuda.FloatTensor'.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if function is torch.Tensor.cuda:
+            return args[0]
+        if function is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return function(*args).replace("torch.", "torch.cuda.", 1)
+        return function(*args, **kwargs)
+
+
+def _rng():
+    """megatron-core's named RNG streams over the CPU generator, also for activation recomputation."""
+    from megatron.core.tensor_parallel import random
+
+    class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
+        def add(self, name, seed):
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"RNG stream {name!r} or seed {seed} exists already")
+            self._is_initialized = True
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name=random._MODEL_PARALLEL_RNG_TRACKER_NAME):
+            outer_state, outer_name = torch.get_rng_state(), self._current_state_name
+            if outer_name != "default-rng":
+                self.states_[outer_name] = outer_state
+            torch.set_rng_state(self.states_[name])
+            self._current_state_name = name
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer_state)
+                self._current_state_name = outer_name
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def _dispatcher():
+    """The all-to-all dispatcher's split sizes: upstream converts them to NumPy only when they are CUDA tensors."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_host(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host

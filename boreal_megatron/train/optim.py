@@ -1,0 +1,131 @@
+"""AdamW through megatron-core's DDP and (distributed) optimizer; the table of what is not decayed."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+
+NO_PARAMETERS = "no parameters on this rank"
+
+# Weight decay is for matrices that mix features. It skips norms and other vectors, the decay parameters, the
+# convolution (4 taps a channel, no mixing) and the embedding (a row seen rarely would only shrink).
+NO_DECAY = ("A_log", "dt_bias", "conv1d.weight", "word_embeddings.weight")
+
+
+def decays(name, parameter):
+    """Whether weight decay touches this parameter."""
+    return parameter.dim() > 1 and not name.endswith(NO_DECAY)
+
+
+def wrap(config, model):
+    """The model in megatron-core's DDP: FP32 gradient buffers, summed over data parallelism."""
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=config.optimizer.distributed, grad_reduce_in_fp32=True, average_in_collective=False
+    )
+    wrapped = DistributedDataParallel(model.config, ddp, model, pg_collection=model.pg_collection)
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def build(config, wrapped):
+    """megatron-core's optimizer over FP32 master weights, and the schedule's hooks on the model's config."""
+    options = config.optimizer
+    groups = {
+        _key("no_decay", lambda parameter, name: not decays(name, parameter)): {"wd_mult": 0.0},
+        # FP32 parameters of a bf16 model get groups of their own, marked by a field that our schedule does not read:
+        # in a mixed group megatron-core 0.19.2 orders parameters FP32 first but indexes them in buffer order
+        # (optimizer/distrib_optimizer.py), and a checkpoint would pair weights with other weights' moments.
+        _key("fp32", lambda parameter, name: parameter.dtype is torch.float32): {"min_lr": 0.0},
+    }
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.schedule.peak,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.beta1,
+            adam_beta2=options.beta2,
+            adam_eps=options.eps,
+            clip_grad=options.clip,
+            bf16=config.precision == "bf16",
+            params_dtype=wrapped.config.params_dtype,
+            use_distributed_optimizer=options.distributed,
+        ),
+        [wrapped],
+        config_overrides=groups,
+    )
+    prime(optimizer)
+    wrapped.config.grad_scale_func = optimizer.scale_loss
+    wrapped.config.finalize_model_grads_func = finalize_model_grads
+    wrapped.config.no_sync_func = wrapped.no_sync
+    return optimizer
+
+
+def _key(name, matches):
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=matches))
+
+
+def parts(optimizer):
+    """The optimizers inside megatron-core's chain: dense parameters, then experts."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def prime(optimizer):
+    """Give torch's AdamW its state before the first step, because a checkpoint is read into it; FusedAdam makes its own.
+
+    A pipeline stage without experts has an expert optimizer without parameters. megatron-core 0.19.2 reads the step
+    from the state of torch's AdamW and stops where there is none, so that one counts steps under a name.
+    """
+    for part in parts(optimizer):
+        if not isinstance(part.optimizer, torch.optim.AdamW):
+            continue
+        state = part.optimizer.state
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state[parameter].update(
+                    step=torch.tensor(0.0),
+                    exp_avg=torch.zeros_like(parameter),
+                    exp_avg_sq=torch.zeros_like(parameter),
+                )
+        if not state:
+            state[NO_PARAMETERS] = {"step": torch.tensor(0.0)}
+
+
+def own_steps(optimizer):
+    """Give every parameter its own step counter after loading.
+
+    megatron-core 0.19.2 hands all parameters one tensor (optimizer/distrib_optimizer.py, load_state_dict); torch's
+    AdamW adds 1 to it once per parameter, and every bias correction after it is wrong.
+    """
+    states = [part.optimizer.state for part in parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
+    for state in states:
+        for values in state.values():
+            values["step"] = values["step"].clone()
+    for state in states:
+        if not state:
+            state[NO_PARAMETERS] = {"step": next(iter(states[0].values()))["step"].clone()}
+
+
+def set_learning_rate(optimizer, value, weight_decay):
+    for part in parts(optimizer):
+        for group in part.optimizer.param_groups:
+            group["lr"] = value * group["lr_mult"]
+            group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def gradient_norm(optimizer):
+    """Global L2 norm of the finished gradients, FP32, before clipping."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer, norm, clip):
+    """Clip by the norm of `gradient_norm` and move the weights."""
+    for part in parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    for part in parts(optimizer):
+        if NO_PARAMETERS in part.optimizer.state:
+            part.optimizer.state[NO_PARAMETERS]["step"] += 1

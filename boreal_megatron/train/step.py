@@ -1,0 +1,77 @@
+"""One training step and one evaluation, through megatron-core's pipeline schedules."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from boreal_megatron.model import router
+from boreal_megatron.model.head import Losses, loss_function
+
+
+def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):
+    """Run a global batch through the pipeline; in training, gradients are reduced and divided at the end.
+
+    Args:
+        wrapped: the DDP-wrapped stage.
+        batches: this rank's micro-batches, a list.
+
+    Returns:
+        (losses [4] FP32 of `head.Losses`, summed over the global batch, on every rank;
+        loads [layers, experts] of this stage, or None).
+    """
+    wrapped.train(train)
+    if train:
+        wrapped.zero_grad_buffer()
+        wrapped.config.moe_router_bias_update_rate = phase.router_bias_rate
+    loads = None
+
+    def forward_step(iterator, model):
+        return model(next(iterator)), partial(loss_function, phase.mtp_weight)
+
+    def finalize(*args, **kwargs):
+        nonlocal loads
+        # megatron-core clears the counts when it has moved the bias.
+        loads = router.loads(wrapped, mesh.groups.tp_dp_cp)
+        finalize_gradients(*args, **kwargs)
+
+    finalize_gradients = wrapped.config.finalize_model_grads_func
+    wrapped.config.finalize_model_grads_func = finalize
+    try:
+        with torch.set_grad_enabled(train):
+            outputs = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(batches),
+                model=wrapped,
+                num_microbatches=len(batches),
+                seq_length=phase.sequence * config.micro_batch,  # a micro-batch is one packed row
+                micro_batch_size=1,
+                forward_only=not train,
+            )
+    finally:
+        wrapped.config.finalize_model_grads_func = finalize_gradients
+    losses = torch.zeros(4, device=mesh.device)
+    for output in outputs:
+        losses += output["losses"]
+    dist.all_reduce(losses, group=mesh.groups.dp_cp)
+    dist.all_reduce(losses, group=mesh.groups.pp)  # zeros on every stage but the last
+    return losses, loads
+
+
+def means(losses):
+    """(main loss, MTP loss or None) in nats a target."""
+    values = losses.tolist()
+    main = values[Losses.MAIN] / max(values[Losses.MAIN_COUNT], 1.0)
+    count = values[Losses.MTP_COUNT]
+    return main, values[Losses.MTP] / count if count else None
+
+
+def evaluate(config, wrapped, mesh, phase, loader, windows):
+    """Validation loss of the first `windows` rows, with the phase's bags: nats a target, before and without mixing
+    in the MTP loss."""
+    total = torch.zeros(4, device=mesh.device)
+    for batch in loader.validation(phase.bag_size, phase.sequence, windows):
+        losses, _ = forward_backward(config, wrapped, mesh, phase, [batch], train=False)
+        total += losses
+    return means(total)

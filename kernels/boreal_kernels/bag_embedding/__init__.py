@@ -1,0 +1,34 @@
+"""bag_embedding: the input of token superposition, the mean embedding of a bag.  Shapes: ids [k, T] -> [T, h]."""
+
+import torch
+from torch import Tensor
+
+from boreal_kernels.backend import resolve
+from boreal_kernels.bag_embedding import reference
+from boreal_kernels.shapes import expect_dims, expect_integers, expect_shape
+
+
+def bag_embedding(
+    ids: Tensor, weight: Tensor, *, vocab_start: int, valid: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """This rank's share of (1/k) sum_i E[ids_i]: its rows summed in FP32 and divided, before the tensor-parallel sum.
+
+    ids [k, T] int32 or int64; weight [v/tp, h], the rows vocab_start .. vocab_start + v/tp - 1 of the embedding. Ids of
+    other ranks count in the mean but add nothing here. valid [k, T] bool: ids that exist; the divisor is then their
+    number in the bag, an absent id may hold anything, a bag without any is zero.
+    Returns [T, h] in weight.dtype; at k = 1 without `valid` the same bits as torch.nn.functional.embedding.
+    Differentiable in weight; its gradient is summed in FP32 in a fixed order. Raises ValueError for shapes or dtypes
+    that do not fit. Source: token superposition training (arXiv 2605.06546).
+    """
+    op = "bag_embedding"
+    resolve(backend, op)
+    expect_dims(op, "ids", ids, "[k, T]", 2)
+    expect_dims(op, "weight", weight, "[v/tp, h]", 2)
+    expect_integers(op, "ids", ids)
+    if vocab_start < 0:
+        raise ValueError(f"{op}: vocab_start: found {vocab_start}, expected 0 or more")
+    if valid is not None:
+        expect_shape(op, "valid", valid, "[k, T]", ids.shape)
+        if valid.dtype is not torch.bool:
+            raise ValueError(f"{op}: valid: found {valid.dtype}, expected torch.bool")
+    return reference.bag_embedding(ids, weight, vocab_start=vocab_start, valid=valid)

@@ -1,0 +1,32 @@
+"""Two packages: boreal_megatron, and boreal_kernels, which lives under kernels/ and knows torch only."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="boreal-megatron",
+    version="0.1.0",
+    description="Pretraining of the BOREAL hybrid Gated DeltaNet language models on megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["boreal_megatron*"]) + find_packages("kernels", include=["boreal_kernels*"]),
+    package_dir={"boreal_kernels": "kernels/boreal_kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core>=0.19.2,<0.20",
+        "numpy>=2",
+        "packaging",
+        "psutil",  # megatron-core's checkpoint writer imports it and does not declare it
+        "pydantic>=2.7",
+        "pyyaml",
+        "safetensors",
+        "tensorboard",
+        "tokenizers>=0.21",
+        "tqdm",
+    ],
+    extras_require={
+        "export": ["transformers>=5"],
+        "plot": ["matplotlib"],
+        "test": ["pytest"],
+    },
+    entry_points={"console_scripts": ["boreal=boreal_megatron.cli:main"]},
+)

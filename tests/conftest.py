@@ -1,0 +1,40 @@
+"""What many tests share: a small real corpus, a small configuration, the mesh of this one process, and launches."""
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from tests.support.corpus import make_corpus
+from tests.support.launch import write_config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples/quickstart"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Standard-library sources as indexed data: paths of `tokenizer`, `train`, `valid`; 640 tokens."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"), Path(sysconfig.get_paths()["stdlib"]))
+
+
+@pytest.fixture
+def config_file(corpus, tmp_path):
+    """A run of every kind of block in seconds: 2 steps of bags of 4, then 3 of single tokens."""
+    return write_config(tmp_path / "config.yaml", corpus, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """This process as a world of one."""
+    from boreal_megatron import parallel
+    from boreal_megatron.config.schema import Parallel
+    from boreal_megatron.log import quiet
+
+    quiet()
+    return parallel.start(Parallel(), seed=1)
