@@ -5,7 +5,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-OUT ?= quickstart-run
+OUT := quickstart-run
 
 .PHONY: quickstart test test-all clean
 
@@ -23,4 +23,4 @@ $(VENV)/.installed: setup.py pyproject.toml tools/make_venv.sh
 	sh tools/make_venv.sh $(VENV)
 
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Pretraining of the BOREAL hybrid Gated DeltaNet language models on megatron-core."""

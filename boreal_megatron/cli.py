@@ -1,6 +1,7 @@
 """The `boreal` command: parse, call one library function, print.
 
-Nothing heavy is imported before a verb needs it. Exit codes: 0 done, 1 a problem in the input, 130 interrupted.
+Nothing heavy is imported before a verb needs it. Exit codes: 0 done, or left on a signal with a
+checkpoint; 1 a problem in the input; 130 interrupted.
 """
 
 import argparse
@@ -24,12 +25,11 @@ def main(argv=None):
 
 
 def say_error(error):
-    """Once for a problem that every rank sees before the run starts; with the rank for one that only some meet."""
-    rank = int(os.environ.get("RANK", 0))
+    """Once a node for a problem met before the run starts, which all its ranks meet; on every rank after that."""
     distributed = sys.modules.get("torch.distributed")
     started = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if rank == 0 or started:
-        where = f" [rank {rank}]" if "RANK" in os.environ else ""
+    if started or os.environ.get("LOCAL_RANK", "0") == "0":
+        where = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
         print(f"boreal{where}: {error}", file=sys.stderr, flush=True)
 
 
@@ -98,6 +98,9 @@ def train(args):
     from boreal_megatron.train.loop import train as run
 
     run(config, world=world)
+    from boreal_megatron import parallel
+
+    parallel.stop()
 
 
 def check(args):

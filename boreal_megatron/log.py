@@ -41,7 +41,10 @@ class Reporter:
         _keep_until(self.path, step)
         self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr, mininterval=1)
+        # In a file the log lines tell the progress, and a bar would only be noise.
+        self.bar = tqdm(
+            total=steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty()
+        )
 
     def say(self, text):
         """A line for people."""
@@ -91,8 +94,11 @@ def megatron_line(*, step, steps, samples, seconds, lr, batch, loss, mtp_loss, n
 
 
 def _keep_until(path, step):
-    """Drop records past `step`: a resumed run writes them again."""
+    """Drop records past `step`: a resumed run writes them again. A run from the start sets the old file aside."""
     if not path.exists():
+        return
+    if step == 0:
+        path.replace(path.with_suffix(".jsonl.old"))
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -105,15 +111,17 @@ def _keep_until(path, step):
 def quiet():
     """Leave out what megatron-core says about optional packages that are not installed; errors still show."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
-    # A save's writer processes import megatron-core anew and take their filters from the environment.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor")
+    # The process that a save starts imports megatron-core anew and takes its filters from the environment.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
 
 
 @contextlib.contextmanager
 def bar(what, unit):
     """A progress bar driven by (done, total) calls."""
-    with tqdm(desc=what, unit=unit, file=sys.stderr, dynamic_ncols=True) as shown:
+    with tqdm(desc=what, unit=unit, file=sys.stderr, dynamic_ncols=True, disable=not sys.stderr.isatty()) as shown:
 
         def progress(done, total):
             shown.total = total

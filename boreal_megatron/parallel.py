@@ -13,22 +13,16 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from boreal_megatron import compat, platform
-from boreal_megatron.config.schema import Parallel
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place. `groups` are megatron-core's process groups; `layout` is how the model is cut."""
+    """This process's place. `groups` are megatron-core's process groups."""
 
-    layout: Parallel
     groups: ProcessGroupCollection
     rank: int
     world: int
     device: object
-
-    @property
-    def tp_rank(self):
-        return self.groups.tp.rank()
 
     @property
     def dp_rank(self):
@@ -81,7 +75,6 @@ def start(layout, seed):
         )
     here.seed(seed)
     return Mesh(
-        layout=layout,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         rank=dist.get_rank(),
         world=dist.get_world_size(),

@@ -11,7 +11,7 @@ find_python() {
     for candidate in "${PYTHON:-}" python3.12 python3.13 python3; do
         [ -n "$candidate" ] && runs "$candidate" && { command -v "$candidate"; return; }
     done
-    for candidate in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python; do
+    for candidate in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[2-9]*/bin/python; do
         [ -x "$candidate" ] && runs "$candidate" && { echo "$candidate"; return; }
     done
     if command -v uv >/dev/null 2>&1; then
@@ -35,6 +35,7 @@ TEXT
 fi
 
 echo "Using $($python --version) at $python"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# A venv without pip is one whose making was interrupted.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[export,plot,test]'
 touch "$venv/.installed"

@@ -25,10 +25,15 @@ def check(config, world=None):
 def problems(config, world=None):
     """All problems as lines of text; empty when it can run."""
     try:
-        main, _ = expand(config.model.pattern)
+        main, mtp = expand(config.model.pattern)
     except BorealError as error:
         return [f"model.pattern: {error}"]
-    return [*_model(config.model, main), *_layout(config, main, world), *_phases(config, world)]
+    has_experts = "E" in main + (mtp or "")
+    return [
+        *_model(config.model, has_experts),
+        *_layout(config, len(main) // 2, has_experts, world),
+        *_phases(config, world),
+    ]
 
 
 def data_size(config, world):
@@ -36,8 +41,8 @@ def data_size(config, world):
     return max(1, world // (config.parallel.tensor * config.parallel.pipeline))
 
 
-def _model(model, main):
-    if "E" in main and model.moe is None:
+def _model(model, has_experts):
+    if has_experts and model.moe is None:
         yield "model.moe: missing, but model.pattern has E (MoE) blocks; describe the experts or use - (dense)"
     if model.moe and model.moe.top_k > model.moe.experts:
         yield f"model.moe.top_k={model.moe.top_k} exceeds model.moe.experts={model.moe.experts}"
@@ -54,7 +59,7 @@ def _model(model, main):
         yield f"model.vocab_size={model.vocab_size} is not a multiple of {VOCABULARY_MULTIPLE}; nearest above: {up}"
 
 
-def _layout(config, main, world):
+def _layout(config, layers, has_experts, world):
     model, cut = config.model, config.parallel
     sizes = {
         "model.attention.kv_heads": model.attention.kv_heads,
@@ -69,9 +74,8 @@ def _layout(config, main, world):
         yield from _divides("parallel.tensor", cut.tensor, name, size)
     if cut.sequence_parallel and cut.tensor == 1:
         yield "parallel.sequence_parallel=true needs parallel.tensor > 1; set it to false"
-    if "E" in main and cut.tensor > 1 and not cut.sequence_parallel:
+    if has_experts and cut.tensor > 1 and not cut.sequence_parallel:
         yield "parallel.tensor > 1 with MoE blocks needs parallel.sequence_parallel=true; set it"
-    layers = len(main) // 2
     if cut.pipeline > layers or 0 in stages(layers, cut.pipeline):
         yield f"parallel.pipeline={cut.pipeline} exceeds the network's {layers} layers; at most {layers}"
     if cut.expert > 1 and model.moe is None:

@@ -90,6 +90,8 @@ def _read(path):
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise BorealError(f"{path} does not exist; expected a YAML configuration file") from None
+    except OSError as error:
+        raise BorealError(f"{path} cannot be read: {error.strerror}; expected a YAML configuration file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BorealError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):

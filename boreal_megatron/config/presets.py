@@ -10,12 +10,13 @@ PRESETS = {
     "tiny": dict(
         pattern="*-G-GEGE / *-",
         vocab_size=8192,
-        hidden_size=192,
-        ffn_hidden_size=512,
-        attention=dict(heads=4, kv_heads=2, head_dim=64),
-        gdn=dict(key_heads=2, value_heads=4, head_dim=48),
-        moe=dict(experts=8, top_k=2, expert_hidden_size=192, shared_hidden_size=192),
+        hidden_size=128,
+        ffn_hidden_size=384,
+        attention=dict(heads=4, kv_heads=2, head_dim=32),
+        gdn=dict(key_heads=2, value_heads=4, head_dim=32),
+        moe=dict(experts=8, top_k=2, expert_hidden_size=128, shared_hidden_size=128),
         max_positions=4096,
+        init_std=0.08,  # about 1/sqrt(hidden_size), as 0.02 is for the large ones
     ),
     "boreal-250m": dict(
         pattern="3x(*-G-G-G-) / *-",

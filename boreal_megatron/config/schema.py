@@ -147,12 +147,18 @@ class Optimizer(Frozen):
 
 
 class Data(Frozen):
-    """`sources` maps a name to a Megatron data prefix (PREFIX.bin, PREFIX.idx)."""
+    """`sources` maps a name to a Megatron data prefix (PREFIX.bin, PREFIX.idx).
+
+    Documents are read in random order, each from end to end. `piece_tokens` cuts them into pieces of at most so many
+    raw tokens first, so that the few rows of a small step come from many documents; nothing longer than a piece is
+    then learned from.
+    """
 
     tokenizer: str
     sources: dict[str, str]
     validation: str | None = None
     boundaries: Literal["flat", "align"] = "flat"
+    piece_tokens: Positive | None = None
 
     @model_validator(mode="after")
     def _some_source(self):

@@ -1,5 +1,6 @@
 """From a training checkpoint to a Hugging Face folder, proved by comparing logits before it is called done."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ TOLERANCE = 1e-4  # fp32 logits; both sides compute the same network in another 
 
 
 def export(path, out, *, dtype="fp32", progress=None):
-    """Write the folder, load it back in FP32 and compare its logits with the training model's.
+    """Write the folder and compare logits with the training model's, both in FP32: those of the written folder, or,
+    when its weights are rounded to bf16, those of the same mapping before rounding.
 
     Args:
         path: a checkpoint or the folder above it.
@@ -52,6 +54,7 @@ def export(path, out, *, dtype="fp32", progress=None):
     worst = max(found["max_logit_difference"], found["max_decode_difference"])
     if not worst < TOLERANCE:
         bad = Path(f"{out}.disagrees")
+        shutil.rmtree(bad, ignore_errors=True)
         Path(out).rename(bad)
         raise BorealError(
             f"the exported model's logits differ from the trained model's by {worst:.2e}, expected < {TOLERANCE:.0e}; "
@@ -84,7 +87,7 @@ def training_logits(path, config, ids):
     model = boreal.build(alone, mesh).eval()
     checkpoint.load_weights(path, alone, model, mesh)
     with torch.no_grad():
-        return model.logits(batch.of_tokens(ids, mesh.device)).float()
+        return model.logits(batch.of_tokens(ids, mesh.device)).float().cpu()
 
 
 def decode_step_by_step(decoder, ids):

@@ -14,20 +14,11 @@ from safetensors.torch import save_file
 from boreal_megatron.convert import hf_code
 from boreal_megatron.convert.hf_config import hf_config_dict
 from boreal_megatron.convert.mapping import keeps_fp32, mapping, to_hf
+from boreal_megatron.data.tokenizer import TOKENIZER_FILES
 from boreal_megatron.errors import BorealError
 
 INDEX = "model.safetensors.index.json"
 CODE_FILES = ("configuration_boreal.py", "modeling_boreal.py")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 TOKENIZER_CORES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them makes a tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

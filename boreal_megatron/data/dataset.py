@@ -14,9 +14,11 @@ import numpy as np
 from boreal_megatron.data import batch, sampler
 from boreal_megatron.data.indexed import IndexedReader
 from boreal_megatron.data.source import Source
-from boreal_megatron.errors import ProblemsError
+from boreal_megatron.data.tokenizer import Tokenizer
+from boreal_megatron.errors import BorealError, ProblemsError
 
 VALIDATION = "validation"
+SPARE_ROWS = 1024  # Qwen's table has 267 more rows than its tokenizer has ids
 
 
 class Loader:
@@ -41,7 +43,8 @@ class Loader:
         _check_tokenizers(config)
         common = {"boundaries": self.boundaries, "vocab_size": config.model.vocab_size}
         self.sources = {
-            name: Source(name, prefix, config.seed, **common) for name, prefix in config.data.sources.items()
+            name: Source(name, prefix, config.seed, piece_tokens=config.data.piece_tokens, **common)
+            for name, prefix in config.data.sources.items()
         }
         for phase in config.phases:
             for name in sampler.blend(phase, self.sources):
@@ -50,6 +53,8 @@ class Loader:
         if config.data.validation is not None:
             in_file_order = np.arange(len(IndexedReader(config.data.validation)))
             self.validation_source = Source(VALIDATION, config.data.validation, 0, order=in_file_order, **common)
+            for phase in config.phases:
+                self.validation_source.check_window(phase.bag_size, phase.sequence)
 
     def fingerprints(self):
         """Returns name -> fingerprint: what the cursors of a ledger refer to."""
@@ -70,9 +75,9 @@ class Loader:
         return batch.make(windows, boundaries=self.boundaries, device=self.device)
 
     def validation(self, bag_size, sequence, windows):
-        """Iterates over this rank's Batches of the first `windows` windows of the validation set, in file order.
+        """Iterates over this rank's Batches of `windows` windows, spread evenly over the validation set in file order.
 
-        The tail that fills no window is left out. Every rank gets the same number of Batches; windows that are only
+        The set's tail that fills no window is left out. Every rank gets the same number of Batches; windows that are only
         there to fill the last ones weigh 0, so neither dp_size nor micro_batch changes the loss.
 
         Raises:
@@ -81,7 +86,8 @@ class Loader:
         source, micro_batch = self.validation_source, self.config.micro_batch
         assert source is not None, "data.validation is not set"
         source.check_window(bag_size, sequence)
-        offsets = source.edges(0, 0, bag_size, sequence, windows)[:-1].tolist()
+        every = source.edges(0, 0, bag_size, sequence, source.bags(bag_size))[:-1]
+        offsets = every[np.linspace(0, len(every) - 1, min(windows, len(every))).astype(int)].tolist()
         row = self.dp_size * micro_batch
         for first in range(self.dp_rank * micro_batch, -(-len(offsets) // row) * row, row):
             mine = offsets[first : first + micro_batch]
@@ -89,6 +95,21 @@ class Loader:
             mine += offsets[:1] * fillers
             read = [source.read_window((0, offset), bag_size, sequence) for offset in mine]
             yield batch.make(read, boundaries=self.boundaries, device=self.device, fillers=fillers)
+
+
+def check_tokenizer(config):
+    """Refuse a tokenizer that is not there, or whose size is not the network's.
+
+    Rows beyond the tokenizer's ids are allowed where they only round the table up.
+    """
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    rows, size = config.model.vocab_size, tokenizer.vocab_size
+    if not size <= rows <= size + SPARE_ROWS:
+        up = -(-size // 128) * 128
+        raise BorealError(
+            f"data.tokenizer={config.data.tokenizer} has {size} entries, model.vocab_size is {rows}; expected {size} "
+            f"to {size + SPARE_ROWS}: set model.vocab_size={up}, or name the tokenizer that the network is for"
+        )
 
 
 def _check_tokenizers(config):

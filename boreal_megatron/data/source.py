@@ -72,19 +72,23 @@ class Source:
         boundaries: "flat" or "align", see the module.
         order: int array, document numbers to read in every epoch instead of a shuffled order.
         vocab_size: ids from here on are refused when they are read.
+        piece_tokens: read pieces of at most so many tokens instead of whole documents; None reads documents.
 
     Raises:
         BorealError: the files are missing or damaged; there are no tokens; an id does not fit the vocabulary.
     """
 
-    def __init__(self, name, prefix, seed, boundaries, *, order=None, vocab_size=None):
+    def __init__(self, name, prefix, seed, boundaries, *, order=None, vocab_size=None, piece_tokens=None):
         assert boundaries in ("flat", "align"), boundaries
         self.name = name
         self.prefix = prefix
         self.seed = seed
         self.boundaries = boundaries
         self.vocab_size = vocab_size
+        self.piece_tokens = piece_tokens
         self.reader = IndexedReader(prefix)
+        if piece_tokens is not None:
+            self.reader = Pieces(self.reader, piece_tokens)
         lengths = self.reader.document_lengths
         self._fixed_order = None if order is None else order[lengths[order] > 0]
         self._epochs = OrderedDict()  # epoch number -> Epoch, the latest EPOCHS_KEPT
@@ -95,10 +99,10 @@ class Source:
 
     @cached_property
     def fingerprint(self):
-        """sha256 of the name and the index file: a cursor means something only together with it."""
+        """sha256 of seed, name, cut and index file: a cursor means something only together with them."""
         with open(idx_path(self.prefix), "rb") as file:
             digest = hashlib.file_digest(file, "sha256")
-        digest.update(self.name.encode())
+        digest.update(f"{self.seed}/{self.name}/{self.piece_tokens}".encode())
         return digest.hexdigest()
 
     # ------------------------------------------------------------ order
@@ -226,6 +230,24 @@ class Source:
             f"{start + at - int(view.starts[place])}. Expected: 0 to {self.vocab_size - 1} (model.vocab_size). "
             "Tokenize the data with the run's tokenizer, or raise model.vocab_size."
         )
+
+
+class Pieces:
+    """A reader whose documents are pieces of another reader's documents, of at most `length` tokens each."""
+
+    def __init__(self, reader, length):
+        whole = reader.document_lengths.astype(np.int64)
+        counts = -(-whole // length)
+        self.reader = reader
+        self.document = np.repeat(np.arange(len(whole)), counts)
+        self.start = (np.arange(len(self.document)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
+        self.document_lengths = np.minimum(length, whole[self.document] - self.start)
+
+    def __len__(self):
+        return len(self.document)
+
+    def read(self, number, offset, length):
+        return self.reader.read(int(self.document[number]), int(self.start[number]) + offset, length)
 
 
 def permutation(count, key):

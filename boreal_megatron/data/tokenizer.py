@@ -16,6 +16,17 @@ import tokenizers
 from boreal_megatron.errors import BorealError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+# What may belong to a tokenizer; nothing else of its folder travels with checkpoints and exports.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 # Tried in this order where tokenizer_config.json names no eos_token.
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<|eot_id|>", "<eos>", "<|im_end|>", "<eod>", "[EOS]")
 

@@ -36,6 +36,7 @@ class BorealModel(HybridModel):
             pg_collection=mesh.groups,
         )
         self.description = config.model
+        self.expert_loads = None  # [MoE layers, experts] of the last global batch, see train/optim.py
         if hasattr(self, "embedding"):
             BagEmbedding.adopt(self.embedding.word_embeddings)
             if self.share_embeddings_and_output_weights and self.post_process:

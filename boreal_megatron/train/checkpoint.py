@@ -11,6 +11,8 @@ import errno
 import json
 import os
 import shutil
+import signal
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -18,14 +20,19 @@ import torch.distributed as dist
 import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+from torch.distributed.checkpoint.api import CheckpointException
 
 from boreal_megatron import platform
 from boreal_megatron.config import load as config_load
+from boreal_megatron.data.tokenizer import TOKENIZER_FILES
 from boreal_megatron.errors import BorealError, ProblemsError
+from boreal_megatron.plan import params
 from boreal_megatron.train import optim
 from boreal_megatron.train.state import State
 
 TRACKER = "latest_checkpointed_iteration.txt"
+FAILURES = (Exception, CheckpointException)  # torch derives the second from BaseException
 
 
 def save(folder, config, wrapped, optimizer, state, mesh):
@@ -42,12 +49,13 @@ def save(folder, config, wrapped, optimizer, state, mesh):
     partial = folder / (final.name + ".partial")
     problem = None
     if dist.get_rank() == 0:
-        problem = _prepare(folder, partial, optimizer)
+        problem = _prepare(config, folder, partial)
     _agree(problem, folder)
     try:
+        _start_manager()
         dist_checkpointing.save(_sharded(config, wrapped, optimizer, mesh), str(partial))
         problem = None
-    except Exception as error:  # whatever the writer processes died of, the checkpoint is not there
+    except FAILURES as error:  # whatever the writers died of, the checkpoint is not there
         problem = f"writing {partial} failed: {error}"
     _agree(problem, folder)
     if dist.get_rank() == 0:
@@ -70,9 +78,14 @@ def load(path, config, wrapped, optimizer, mesh):
     path = Path(path)
     saved = describe(path)
     check_same_model(path, saved["config"], config)
+    if saved["layout"]["distributed"] != config.optimizer.distributed:
+        raise BorealError(
+            f"{path} was written with optimizer.distributed={str(saved['layout']['distributed']).lower()}, which lays "
+            "moments out in another way; set it so to resume"
+        )
     same_layout = saved["layout"] == _layout(config, mesh)
     template = _sharded(config, wrapped, optimizer, mesh, is_loading=True, rng=same_layout)
-    values = dist_checkpointing.load(template, str(path))
+    values = _read(template, path)
     wrapped.module.load_state_dict(values["model"])
     optimizer.load_state_dict(values["optimizer"])
     optim.own_steps(optimizer)
@@ -86,7 +99,7 @@ def load_weights(path, config, model, mesh):
     saved = describe(path)
     check_same_model(path, saved["config"], config)
     metadata = _metadata(config, mesh)
-    values = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(path))
+    values = _read({"model": model.sharded_state_dict(metadata=metadata)}, path)
     model.load_state_dict(values["model"])
 
 
@@ -156,6 +169,30 @@ def name(step):
     return f"iter_{step:07d}"
 
 
+def _read(template, path):
+    try:
+        return dist_checkpointing.load(template, str(path))
+    except FAILURES as error:  # a missing or damaged shard shows in many ways
+        raise BorealError(
+            f"{path} cannot be loaded: {type(error).__name__}: {error}; resume from another iter_* folder by writing "
+            f"its step into {TRACKER}"
+        ) from error
+
+
+def _start_manager():
+    """Start the process through which megatron-core's writers answer, deaf to signals.
+
+    torchrun sends SIGTERM to whole process groups. This process saves on it, and needs the other one alive to do so.
+    A blocked signal stays blocked across the start of a child; ours arrives when it is unblocked.
+    """
+    resource_tracker.ensure_running()  # starting it unblocks both signals, so it has to be there before
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        get_write_results_queue()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _sharded(config, wrapped, optimizer, mesh, is_loading=False, rng=True):
     metadata = _metadata(config, mesh)
     state = {"model": wrapped.module.sharded_state_dict(metadata=metadata)}
@@ -182,14 +219,15 @@ def _layout(config, mesh):
     return {"world": mesh.world, **config.parallel.model_dump(), "distributed": config.optimizer.distributed}
 
 
-def _prepare(folder, partial, optimizer):
+def _prepare(config, folder, partial):
     """Make room; returns what is wrong, or None."""
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        # Master weights and two moments, FP32, of this rank's share, on every rank, and the model's weights.
-        elements = sum(p.numel() for part in optim.parts(optimizer) for p in part.get_parameters())
-        needed, free = 16 * elements, shutil.disk_usage(folder).free
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob("iter_*.partial"):  # of saves that were killed
+            shutil.rmtree(unfinished, ignore_errors=True)
+        partial.mkdir()
+        # Weights, master weights and two moments, at most 4 bytes each.
+        needed, free = 16 * params.count(config.model)["with_mtp"], shutil.disk_usage(folder).free
         if free < needed:
             return f"{folder} has {free / 1e9:.1f} GB free, a checkpoint needs about {needed / 1e9:.1f} GB; free some space"
     except OSError as error:
@@ -203,8 +241,10 @@ def _finish(config, state, mesh, folder, partial, final):
         config_load.dump(config, partial / "run_config.yaml")
         record = {"state": state.to_dict(), "layout": _layout(config, mesh)}
         (partial / "train_state.json").write_text(json.dumps(record, indent=1))
-        if Path(config.data.tokenizer).is_dir():
-            shutil.copytree(config.data.tokenizer, partial / "tokenizer")
+        (partial / "tokenizer").mkdir()
+        for file in Path(config.data.tokenizer).glob("*"):
+            if file.name in TOKENIZER_FILES:
+                shutil.copy(file, partial / "tokenizer")
         for file in [*partial.rglob("*"), partial]:
             _flush(file)
         if final.exists():

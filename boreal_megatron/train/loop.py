@@ -1,6 +1,7 @@
 """The training loop, top to bottom."""
 
 import dataclasses
+import json
 import math
 import signal
 import time
@@ -10,25 +11,26 @@ import torch
 import torch.distributed as dist
 
 from boreal_megatron import parallel
-from boreal_megatron.config import check, load
-from boreal_megatron.data.dataset import Loader
+from boreal_megatron.config import check
+from boreal_megatron.data.dataset import Loader, check_tokenizer
 from boreal_megatron.log import Reporter, megatron_line
 from boreal_megatron.model import boreal, router
+from boreal_megatron.plan import params
 from boreal_megatron.train import checkpoint, health, optim, phases, schedule, state as train_state, step as train_step
 
 
-def train(config, *, world, stop_at=None):
+def train(config, *, world):
     """Train from scratch, or from the last complete checkpoint of `checkpoint.folder`.
 
     Args:
         config: `config.schema.Config`.
         world: number of processes, checked against the layout before anything starts.
-        stop_at: leave, with a checkpoint, after this step.
 
     Returns:
-        dict: step, ledger, validation_loss (None without validation data), finished, digest.
+        dict: step, finished, validation_loss (None without validation data), raw_tokens, positions, digest.
     """
     check.check(config, world)
+    check_tokenizer(config)
     mesh = parallel.start(config.parallel, config.seed)
     loader = Loader(config, mesh.dp_rank, mesh.dp_size, mesh.device)
     model = boreal.build(config, mesh)
@@ -39,11 +41,12 @@ def train(config, *, world, stop_at=None):
     resumed = checkpoint.latest(config.checkpoint.folder)
     if resumed:
         state = checkpoint.load(resumed, config, wrapped, optimizer, mesh)
+    state = state.continue_on(loader.fingerprints())
     plan = phases.spans(config.phases)
     report = Reporter(config.checkpoint.folder, mesh.last_rank, plan[-1].end_step, state.step)
-    announce(report, config, mesh, model, plan, state, resumed)
+    announce(report, config, mesh, plan, state, resumed)
     signals = Signals()
-    validation, saved_step, began = None, state.step, time.perf_counter()
+    first_step, last_good, validation, began = state.step, resumed, None, time.perf_counter()
 
     while (index := phases.at(config.phases, state.step, state.ledger.raw_tokens)) is not None:
         phase = config.phases[index]
@@ -55,7 +58,7 @@ def train(config, *, world, stop_at=None):
         losses, loads = train_step.forward_backward(config, wrapped, mesh, phase, list(batches))
         loss, mtp_loss = train_step.means(losses)
         norm = optim.gradient_norm(optimizer)
-        health.check(state.step + 1, loss, norm, checkpoint.latest(config.checkpoint.folder))
+        health.check(state.step + 1, loss, norm, last_good)
         optim.set_learning_rate(optimizer, lr, config.optimizer.weight_decay)
         optim.update(optimizer, norm, config.optimizer.clip)
         state = dataclasses.replace(state, step=state.step + 1, ledger=ledger)
@@ -80,31 +83,37 @@ def train(config, *, world, stop_at=None):
             **balance,
         )
         if state.step % config.log.every_steps == 0:
-            samples = phase.windows_per_step()
             report.say(
                 megatron_line(
-                    step=state.step, steps=plan[-1].end_step, samples=ledger.windows, seconds=seconds, lr=lr,
-                    batch=samples, loss=loss, mtp_loss=mtp_loss, norm=norm,
+                    step=state.step,
+                    steps=plan[-1].end_step,
+                    samples=ledger.windows,
+                    seconds=seconds,
+                    lr=lr,
+                    batch=phase.windows_per_step(),
+                    loss=loss,
+                    mtp_loss=mtp_loss,
+                    norm=norm,
                 )
-            )  # fmt: skip
+            )
         over = phases.at(config.phases, state.step, ledger.raw_tokens) is None
-        leaving = signals.seen(mesh) or state.step == stop_at
-        if config.data.validation and (over or state.step % config.evaluation.every_steps == 0):
+        leaving = signals.seen(mesh) and not over
+        if config.data.validation and not leaving and (over or state.step % config.evaluation.every_steps == 0):
             windows = config.evaluation.final_windows if over else config.evaluation.windows
             validation, _ = train_step.evaluate(config, wrapped, mesh, phase, loader, windows)
             report.record("validation", state.step, phase=phase.name, bag_size=phase.bag_size, loss=validation)
             report.say(f" validation loss at iteration {state.step}: {validation:.6f} (bags of {phase.bag_size})")
             began = time.perf_counter()
         if over or leaving or state.step % config.checkpoint.every_steps == 0:
-            path = checkpoint.save(config.checkpoint.folder, config, wrapped, optimizer, state, mesh)
-            report.say(f" saved {path}")
-            saved_step, began = state.step, time.perf_counter()
-        if leaving and not over:
-            report.say(f" leaving after iteration {state.step}; the same command goes on from {path}")
+            last_good = checkpoint.save(config.checkpoint.folder, config, wrapped, optimizer, state, mesh)
+            report.say(f" saved {last_good}")
+            began = time.perf_counter()
+        if leaving:
+            report.say(f" leaving after iteration {state.step}; the same command goes on from {last_good}")
             break
 
     finished = phases.at(config.phases, state.step, state.ledger.raw_tokens) is None
-    if finished and saved_step == state.step and resumed and validation is None:
+    if finished and state.step == first_step:
         report.say(f" nothing left to do: {resumed} is the end of this run")
         validation = last_validation(config.checkpoint.folder)
     summary = {
@@ -121,14 +130,13 @@ def train(config, *, world, stop_at=None):
     return summary
 
 
-def announce(report, config, mesh, model, plan, state, resumed):
+def announce(report, config, mesh, plan, state, resumed):
     """What is about to happen: sizes, layout, phases in both units, where it goes on."""
-    count = torch.tensor([sum(p.numel() for p in model.parameters())])
-    cut = config.parallel
+    cut, size = config.parallel, params.count(config.model)
     report.say(
-        f" BOREAL {config.model.pattern} | {count.item():,} parameters on this rank | world {mesh.world}: "
-        f"tensor {cut.tensor}{' + sequence' if cut.sequence_parallel else ''}, pipeline {cut.pipeline}, "
-        f"data {mesh.dp_size}, expert {cut.expert} | {config.precision}"
+        f" BOREAL {config.model.pattern} | {size['with_mtp']:,} parameters, {size['active']:,} active | "
+        f"world {mesh.world}: tensor {cut.tensor}{' + sequence' if cut.sequence_parallel else ''}, "
+        f"pipeline {cut.pipeline}, data {mesh.dp_size}, expert {cut.expert} | {config.precision}"
     )
     for span in plan:
         report.say(
@@ -141,8 +149,6 @@ def announce(report, config, mesh, model, plan, state, resumed):
 
 def last_validation(folder):
     """The last validation loss that an earlier run of this folder wrote down."""
-    import json
-
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         return None
@@ -151,7 +157,7 @@ def last_validation(folder):
 
 
 class Signals:
-    """SIGTERM and SIGINT mean: finish the step, save, leave."""
+    """SIGTERM and SIGINT mean: finish the step, save, leave. A second SIGINT interrupts at once."""
 
     def __init__(self):
         self.received = False
@@ -159,6 +165,8 @@ class Signals:
 
     def _note(self, number, frame):
         self.received = True
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
     def seen(self, mesh):
         """Whether any rank was told to leave; all ranks hear of it at the same step."""

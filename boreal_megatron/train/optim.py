@@ -6,6 +6,8 @@ from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_opti
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
+from boreal_megatron.model import router
+
 NO_PARAMETERS = "no parameters on this rank"
 
 # Weight decay is for matrices that mix features. It skips norms and other vectors, the decay parameters, the
@@ -56,9 +58,17 @@ def build(config, wrapped):
     )
     prime(optimizer)
     wrapped.config.grad_scale_func = optimizer.scale_loss
-    wrapped.config.finalize_model_grads_func = finalize_model_grads
+    wrapped.config.finalize_model_grads_func = finalize
     wrapped.config.no_sync_func = wrapped.no_sync
     return optimizer
+
+
+def finalize(chunks, *args, **kwargs):
+    """megatron-core's end of the backward pass: reduce gradients, divide them by the global count, move the router's
+    bias. The expert loads are read first, because it clears them."""
+    model = chunks[0].module
+    model.expert_loads = router.loads(model, model.pg_collection.tp_dp_cp)
+    finalize_model_grads(chunks, *args, **kwargs)
 
 
 def _key(name, matches):

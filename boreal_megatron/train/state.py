@@ -1,5 +1,6 @@
 """What a run remembers besides weights and moments, and the digest that proves a resume."""
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -9,22 +10,41 @@ import torch.distributed as dist
 
 from boreal_megatron import platform
 from boreal_megatron.data.sampler import Ledger
+from boreal_megatron.errors import ProblemsError
 from boreal_megatron.train import optim
 
 
 @dataclass(frozen=True)
 class State:
-    """Steps taken and the data ledger. Positions and raw tokens are counted by the ledger."""
+    """Steps taken, the data ledger, and the fingerprints of the sources that the ledger's cursors point into.
+    Positions and raw tokens are counted by the ledger."""
 
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)
+    sources: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self):
-        return {"step": self.step, "ledger": self.ledger.to_dict()}
+        return {"step": self.step, "ledger": self.ledger.to_dict(), "sources": self.sources}
 
     @classmethod
     def from_dict(cls, values):
-        return cls(values["step"], Ledger.from_dict(values["ledger"]))
+        return cls(values["step"], Ledger.from_dict(values["ledger"]), values["sources"])
+
+    def continue_on(self, fingerprints):
+        """The state with the sources that the run has now.
+
+        Raises:
+            ProblemsError: a source of the same name holds other data, or is cut otherwise, than its cursor is for.
+        """
+        changed = [
+            f"data.sources.{name}: its files, data.piece_tokens or the seed changed since the "
+            "checkpoint; restore them, or give the new data a new name"
+            for name, fingerprint in fingerprints.items()
+            if self.sources.get(name, fingerprint) != fingerprint
+        ]
+        if changed:
+            raise ProblemsError("resuming", changed)
+        return dataclasses.replace(self, sources={**self.sources, **fingerprints})
 
 
 def digest(model, optimizer, state):

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from boreal_megatron.model import router
 from boreal_megatron.model.head import Losses, loss_function
 
 
@@ -19,44 +18,42 @@ def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):
 
     Returns:
         (losses [4] FP32 of `head.Losses`, summed over the global batch, on every rank;
-        loads [layers, experts] of this stage, or None).
+        loads [MoE layers, experts] of the whole network, or None without experts and in evaluation).
     """
     wrapped.train(train)
     if train:
         wrapped.zero_grad_buffer()
         wrapped.config.moe_router_bias_update_rate = phase.router_bias_rate
-    loads = None
 
     def forward_step(iterator, model):
         return model(next(iterator)), partial(loss_function, phase.mtp_weight)
 
-    def finalize(*args, **kwargs):
-        nonlocal loads
-        # megatron-core clears the counts when it has moved the bias.
-        loads = router.loads(wrapped, mesh.groups.tp_dp_cp)
-        finalize_gradients(*args, **kwargs)
-
-    finalize_gradients = wrapped.config.finalize_model_grads_func
-    wrapped.config.finalize_model_grads_func = finalize
-    try:
-        with torch.set_grad_enabled(train):
-            outputs = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(batches),
-                model=wrapped,
-                num_microbatches=len(batches),
-                seq_length=phase.sequence * config.micro_batch,  # a micro-batch is one packed row
-                micro_batch_size=1,
-                forward_only=not train,
-            )
-    finally:
-        wrapped.config.finalize_model_grads_func = finalize_gradients
+    with torch.set_grad_enabled(train):
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=wrapped,
+            num_microbatches=len(batches),
+            seq_length=phase.sequence * config.micro_batch,  # a micro-batch is one packed row
+            micro_batch_size=1,
+            forward_only=not train,
+        )
     losses = torch.zeros(4, device=mesh.device)
     for output in outputs:
         losses += output["losses"]
     dist.all_reduce(losses, group=mesh.groups.dp_cp)
     dist.all_reduce(losses, group=mesh.groups.pp)  # zeros on every stage but the last
-    return losses, loads
+    return losses, _all_stages(wrapped.module.expert_loads, mesh) if train else None
+
+
+def _all_stages(loads, mesh):
+    """The expert loads of every pipeline stage, in the network's order, on every rank."""
+    if mesh.groups.pp.size() == 1:
+        return loads
+    stages = [None] * mesh.groups.pp.size()
+    dist.all_gather_object(stages, loads, group=mesh.groups.pp)
+    found = [stage for stage in stages if stage is not None]
+    return torch.cat(found) if found else None
 
 
 def means(losses):

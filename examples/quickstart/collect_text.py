@@ -23,12 +23,13 @@ from boreal_megatron.errors import BorealError
 TARGET_BYTES = 24_000_000
 LEAST_BYTES = 15_000_000  # less than this of the machine's own text makes a poor demonstration
 LEAST_OWN_BYTES = 300_000  # less than this of a user's text leaves too little to hold out
-FILE_BYTES = range(200, 400_001)
+FILE_BYTES = range(200, 32_001)  # many documents rather than few long ones
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 HELD_OUT = 50  # one document in so many
 PIECE_CHARACTERS = 4_000
 DOC_ENDINGS = (".md", ".rst", ".txt")
-DOC_NAMES = ("license", "licence", "copying", "notice", "metadata", "readme", "authors", "changelog", "copyright")
+DOC_NAMES = ("license", "licence", "copying", "notice", "metadata", "readme", "authors", "copyright")
+NOT_PROSE = ("changelog", "changes", "news", "relnotes", "release")  # version numbers and hashes, line by line
 
 
 def collect(out_dir, text=None, target_bytes=TARGET_BYTES):
@@ -138,12 +139,20 @@ def _machine_files():
             file_name = os.path.basename(name).lower()
             if file_name.endswith(".py"):
                 kinds["packages"].append((path, name))
-            elif file_name.endswith(DOC_ENDINGS) or file_name.startswith(DOC_NAMES):
+            elif _is_documentation(name):
                 kinds["docs"].append((path, name))
     kinds["stdlib"] = [file for file in _walk(paths["stdlib"], skip=PACKAGE_FOLDERS) if file[0].endswith(".py")]
-    kinds["docs"] += [file for file in _walk("/usr/share/doc") if not file[0].endswith(".gz")]
+    kinds["docs"] += [file for file in _walk("/usr/share/doc") if _is_documentation(file[1])]
     # Sorted by a hash of the name: as fixed as the alphabet, without taking only the packages that begin with "a".
     return {kind: sorted(files, key=lambda file: _digest(file[1])) for kind, files in kinds.items()}
+
+
+def _is_documentation(name):
+    """Whether a file's name says prose: by its ending or its beginning, and not a list of changes."""
+    name = name.lower()
+    file_name = os.path.basename(name)
+    prose = file_name.endswith(DOC_ENDINGS) or file_name.startswith(DOC_NAMES)
+    return prose and not any(word in name for word in NOT_PROSE)
 
 
 def _walk(root, skip=()):

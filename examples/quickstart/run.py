@@ -92,7 +92,7 @@ def run(args):
 
     title("7/7 sentences")
     prompts = ["def ", "The ", "import "]
-    boreal("generate", out / "checkpoints", *(word for p in prompts for word in ("--prompt", p)), "--tokens", 48)
+    boreal("generate", out / "checkpoints", *(word for p in prompts for word in ("--prompt", p)), "--tokens", 48, "--temperature", 0.6)
 
     summary = {
         "unigram_entropy_of_validation": round(entropy, 4),
@@ -115,6 +115,7 @@ def same_request(out, args):
         "text": str(args.text and args.text.resolve()),
         "tokenizer": str(args.tokenizer and args.tokenizer.resolve()),
         "shuffle_tokens": args.shuffle_tokens,
+        "set": args.set,
     }
     note = out / "request.json"
     if note.exists() and json.loads(note.read_text()) != request:
@@ -170,7 +171,13 @@ def boreal(*words):
 
 
 def execute(command, env=None):
-    code = subprocess.run([str(word) for word in command], cwd=ROOT, env=env).returncode
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=env)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        print("\nfinishing the step and saving; the same command goes on from there", flush=True)
+        process.wait()
+        code = 130
     if code:
         raise SystemExit(code)
 

@@ -1,7 +1,6 @@
 """Which implementation of an operation runs.
 
 A request is a name or "auto". A name is a promise: it runs as named or raises, it never becomes something else.
-Callers that run many steps resolve "auto" once, in their constructor, and log the answer.
 """
 
 BACKENDS = {  # op -> implementations, best first

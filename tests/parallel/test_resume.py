@@ -2,43 +2,57 @@
 
 import signal
 
-from tests.support.launch import boreal, digests, metrics, start_and_signal
+import pytest
+from tests.support.launch import boreal, digests, metrics, start_and_signal, write_config
 
-EP2 = "parallel.expert=2"
+PHASES = [
+    {"name": "superposition", "until_steps": 3, "bag_size": 4, "sequence": 96, "positions_per_step": 768},
+    {"name": "recovery", "until_steps": 24, "sequence": 96, "positions_per_step": 768},
+]
 
 
-def test_killed_run_ends_like_an_uninterrupted_one(config_file, tmp_path):
-    """SIGKILL of both processes at step 3, after the checkpoint of step 2; the rest crosses the phase switch."""
-    whole = boreal(2, "train", config_file, EP2, "phases.0.until_steps=3", f"checkpoint.folder={tmp_path / 'whole'}")
-    words = ["train", config_file, EP2, "phases.0.until_steps=3", f"checkpoint.folder={tmp_path / 'killed'}"]
-    code, text = start_and_signal(2, words, lambda text: "iteration        3/" in text, signal.SIGKILL)
-    assert code != 0
-    assert "iter_0000002" in text and "iter_0000004" not in text
-    resumed = boreal(2, *words)
-    assert "iter_0000002: step 2" in resumed
-    assert digests(resumed) == digests(whole)
-    assert len(digests(whole)) == 4
-    ours, theirs = metrics(tmp_path / "killed"), metrics(tmp_path / "whole")
-    assert list(ours) == [1, 2, 3, 4, 5]
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """An uninterrupted run of 24 steps on two processes, experts over both: its words, metrics and digests."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = write_config(
+        folder / "config.yaml", corpus, folder / "run", phases=PHASES, parallel={"expert": 2},
+        checkpoint={"folder": str(folder / "run"), "every_steps": 12},
+    )  # fmt: skip
+    text = boreal(2, "train", config)
+    assert len(digests(text)) == 4
+    return config, metrics(folder / "run"), digests(text)
+
+
+def assert_ends_like(whole, folder, text):
+    _, theirs, expected = whole
+    assert digests(text) == expected
+    ours = metrics(folder)
+    assert list(ours) == list(range(1, 25))
     assert [r["loss"] for r in ours.values()] == [r["loss"] for r in theirs.values()]
 
 
-def test_sigterm_saves_and_leaves(config_file, tmp_path):
-    """SIGTERM ends the step, saves, exits 0; the next start goes on there and ends like an uninterrupted run."""
-    run = tmp_path / "run"
-    words = ["train", config_file, "checkpoint.every_steps=100"]
-    code, text = start_and_signal(1, words, lambda text: "iteration        1/" in text, signal.SIGTERM)
-    assert code == 0, text[-3000:]
-    step = int((run / "latest_checkpointed_iteration.txt").read_text())
-    assert step in (1, 2, 3), "it left soon after the signal"
-    assert f"leaving after iteration {step}" in text
-    resumed = boreal(1, *words)
-    whole = boreal(1, *words, f"checkpoint.folder={tmp_path / 'whole'}")
-    assert digests(resumed) == digests(whole)
-
-
-def test_finished_run_has_nothing_to_do(config_file):
-    first = boreal(1, "train", config_file)
-    again = boreal(1, "train", config_file)
+def test_killed_run_ends_like_an_uninterrupted_one(whole, tmp_path):
+    """SIGKILL of every process after step 4, checkpoint at 2: it resumes at 2 or 4 and crosses the phase switch again."""
+    words = ["train", whole[0], f"checkpoint.folder={tmp_path}", "checkpoint.every_steps=2"]
+    code, text = start_and_signal(2, words, lambda text: "iteration        3/" in text, signal.SIGKILL)
+    assert code != 0
+    assert "iter_0000002" in text and "iteration       24/" not in text
+    resumed = boreal(2, *words[:3], "checkpoint.every_steps=12")
+    assert "resuming from" in resumed
+    assert_ends_like(whole, tmp_path, resumed)
+    # A finished run has nothing to do, and says so with the same state.
+    again = boreal(2, *words)
     assert "nothing left to do" in again
-    assert digests(again) == digests(first)
+    assert digests(again) == whole[2]
+
+
+def test_sigterm_to_torchrun_saves_and_leaves(whole, tmp_path):
+    """After a first save, whose helper process gets the signal too: the step ends, a checkpoint is written, and the
+    next start ends like an uninterrupted run."""
+    words = ["train", whole[0], f"checkpoint.folder={tmp_path}", "checkpoint.every_steps=2"]
+    _, text = start_and_signal(2, words, lambda text: "iteration        3/" in text, signal.SIGTERM)
+    step = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    assert f"leaving after iteration {step}" in text, text[-3000:]
+    assert 3 <= step < 24
+    assert_ends_like(whole, tmp_path, boreal(2, *words[:3], "checkpoint.every_steps=12"))

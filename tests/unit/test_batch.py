@@ -147,7 +147,9 @@ def test_validation_is_in_file_order_and_the_same_on_any_layout(tmp_path, bounda
     assert len(expected) > 5
     for windows in (5, 1000):
         count = min(windows, len(expected))
-        whole = batch.make(expected[:count], boundaries=boundaries, device="cpu")
+        spread = np.linspace(0, len(expected) - 1, count).astype(int)
+        assert len(set(spread)) == count and spread[-1] == len(expected) - 1
+        whole = batch.make([expected[i] for i in spread], boundaries=boundaries, device="cpu")
         for dp_size, micro_batch in [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4), (3, 2)]:
             run = config({"v": prefix}, validation=prefix, micro_batch=micro_batch, boundaries=boundaries)
             ranks = [list(Loader(run, r, dp_size, "cpu").validation(3, 4, windows)) for r in range(dp_size)]

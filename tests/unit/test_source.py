@@ -221,3 +221,22 @@ def test_the_fingerprint_follows_name_and_index(tmp_path):
     prints = {Source(name, prefix, 0, "flat").fingerprint for name in "xy" for prefix in (one, two)}
     assert len(prints) == 4
     assert Source("x", one, 5, "align").fingerprint in prints
+
+
+def test_pieces_cut_documents_before_they_are_shuffled(tmp_path):
+    """Every token once an epoch, in runs that stay inside a document and are at most so long; the tail of each too."""
+    lengths = [0, 10, 3, 25, 1, 8]
+    prefix = write(tmp_path / "d", lengths)
+    source = Source("d", prefix, 3, "align", piece_tokens=8)
+    edges = np.cumsum([0, *lengths])
+    pieces = [
+        source.reader.read(number, 0, int(length)).tolist()
+        for number, length in enumerate(source.reader.document_lengths)
+    ]
+    assert sorted(i for piece in pieces for i in piece) == list(range(sum(lengths)))
+    assert [len(p) for p in pieces] == [8, 2, 3, 8, 8, 8, 1, 1, 8]
+    assert all(p == list(range(p[0], p[0] + len(p))) for p in pieces)
+    assert all(np.searchsorted(edges, p[0], "right") == np.searchsorted(edges, p[-1], "right") for p in pieces)
+    order = source.epoch(0).order.tolist()
+    assert sorted(order) == list(range(len(pieces))) and order != sorted(order)
+    assert source.fingerprint != Source("d", prefix, 3, "align").fingerprint

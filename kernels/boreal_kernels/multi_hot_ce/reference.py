@@ -14,6 +14,7 @@ from torch import Tensor
 from boreal_kernels.shapes import accumulate_dtype
 
 LINEAR_ROWS = 1024  # rows of logits that exist at a time in the fused form
+BLOCK_ELEMENTS = 1 << 19  # logits that are exponentiated at a time: 2 MB of FP32, which stay in a CPU's cache
 
 
 def plain(logits: Tensor, targets: Tensor, target_weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -43,8 +44,16 @@ def _statistics(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     z = logits.to(accumulate_dtype(logits))
     # A shard may be -inf throughout (vocabulary padding); a finite maximum keeps -inf - -inf = NaN away.
     row_max = z.amax(-1).clamp_min(torch.finfo(z.dtype).min)
-    sum_exp = (z - row_max[:, None]).exp_().sum(-1)
+    sum_exp = torch.empty_like(row_max)
+    for rows in _blocks(z):
+        sum_exp[rows] = (z[rows] - row_max[rows, None]).exp_().sum(-1)
     return row_max, sum_exp, z.gather(1, local.t()).t()
+
+
+def _blocks(z: Tensor):
+    """Slices of rows that together cover z, each of about BLOCK_ELEMENTS."""
+    step = max(1, BLOCK_ELEMENTS // max(1, z.shape[1]))
+    return [slice(start, start + step) for start in range(0, z.shape[0], step)]
 
 
 def _combine(row_max: Tensor, sum_exp: Tensor, picked: Tensor, w: Tensor, w_here: Tensor, tp_group):
@@ -71,11 +80,15 @@ def _counts(w: Tensor) -> Tensor:
 
 def _logits_gradient(logits: Tensor, lse: Tensor, local: Tensor, w: Tensor, w_here: Tensor) -> Tensor:
     """softmax * sum_i w - scatter(w) [T, v/tp] in FP32; zero rows where no target counts."""
-    grad = (logits.to(lse.dtype) - lse[:, None]).exp_().mul_(w.sum(0)[:, None])
+    grad = torch.empty_like(logits, dtype=lse.dtype)
+    w_row = w.sum(0)
+    for rows in _blocks(logits):
+        block = torch.sub(logits[rows].to(lse.dtype), lse[rows, None], out=grad[rows])
+        block.exp_().mul_(w_row[rows, None]).masked_fill_(~_counts(w[:, rows])[:, None], 0.0)
     # One target per row at a time: no two additions meet, so their order cannot matter.
     for index, weight in zip(local, w_here, strict=True):
         grad.scatter_add_(1, index[:, None], -weight[:, None])
-    return grad.masked_fill_(~_counts(w)[:, None], 0.0)
+    return grad
 
 
 class _MultiHot(torch.autograd.Function):

@@ -1,0 +1,99 @@
+"""Who may import whom: the table of CONTRIBUTING.md, read off the sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from tests.support.launch import ROOT
+
+OWN = "boreal_megatron"
+STANDARD = {"numpy", "tqdm", "packaging", "psutil"}
+CONFIG = {f"{OWN}.config", f"{OWN}.errors"}
+DATA_FILES = {"tokenizer", "tokenize", "indexed", "inspect", "cli", "source", "sampler"}
+# Package or file -> everything outside the standard library that it may import.
+RULES = {
+    "config": {"pydantic", "yaml"} | CONFIG,
+    "plan": CONFIG | {f"{OWN}.plan"},
+    "platform": {"torch", "megatron", f"{OWN}.platform"},
+    "errors.py": set(),
+    "log.py": {"torch", "tqdm"},
+    "compat.py": {"megatron", "packaging", f"{OWN}.errors"},
+    "parallel.py": {"torch", "megatron", f"{OWN}.compat", f"{OWN}.platform"} | CONFIG,
+    "model": {"torch", "megatron", "boreal_kernels", f"{OWN}.model", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.compat"} | CONFIG,
+    "data": {"numpy", "torch", "megatron", "tokenizers", "tqdm", f"{OWN}.data", f"{OWN}.parallel"} | CONFIG,
+    "train": {"torch", "megatron", "yaml", "matplotlib", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | CONFIG,
+    "convert": {"torch", "safetensors", "transformers", "numpy", f"{OWN}.convert", f"{OWN}.train", f"{OWN}.data", f"{OWN}.model", f"{OWN}.parallel"} | CONFIG,
+}  # fmt: skip
+SOURCES = sorted((ROOT / OWN).rglob("*.py"))
+
+
+def imports(path):
+    """(module, line, at top level) of every absolute import."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module] if node.module != OWN else [f"{OWN}.{alias.name}" for alias in node.names]
+        for name in names:
+            yield name, node.lineno, node in tree.body
+
+
+def allowed(name, permitted):
+    import sys
+
+    top = name.split(".")[0]
+    if top in sys.stdlib_module_names:
+        return True
+    return any(name == p or name.startswith(p + ".") for p in permitted)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_table(path):
+    part = path.relative_to(ROOT / OWN).parts[0]
+    assert not any(name.startswith("megatron.training") for name, _, _ in imports(path))
+    if part in RULES:
+        wrong = [f"{path.name}:{line} imports {name}" for name, line, _ in imports(path) if not allowed(name, RULES[part])]
+        assert not wrong
+
+
+def test_data_tools_start_without_torch():
+    for path in (ROOT / OWN / "data").glob("*.py"):
+        if path.stem in DATA_FILES:
+            heavy = [name for name, _, top in imports(path) if top and name.split(".")[0] in ("torch", "megatron")]
+            assert not heavy, path
+
+
+def test_kernels_know_torch_and_themselves_only():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert all(allowed(name, {"torch", "triton", "boreal_kernels"}) for name, _, _ in imports(path)), path
+
+
+def test_only_two_places_change_foreign_modules():
+    """Assignments to an attribute of an imported megatron or torch module, found by name."""
+    for path in SOURCES:
+        if path.name == "compat.py" or path.parent.name == "platform":
+            continue
+        tree = ast.parse(path.read_text())
+        bound = {
+            alias.asname or alias.name.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+            if (getattr(node, "module", None) or alias.name).split(".")[0] in ("torch", "megatron")
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    root = target
+                    while isinstance(root, ast.Attribute):
+                        root = root.value
+                    changed = isinstance(target, ast.Attribute) and isinstance(root, ast.Name) and root.id in bound
+                    assert not changed, f"{path}:{node.lineno}"
+
+
+def test_every_module_says_what_it_is_for():
+    for path in [*SOURCES, *(ROOT / "kernels").rglob("*.py"), *Path(ROOT / "tools").glob("*.py")]:
+        text = path.read_text()
+        assert not text.strip() or ast.get_docstring(ast.parse(text)), path
