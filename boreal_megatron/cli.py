@@ -13,7 +13,13 @@ from boreal_megatron.errors import BorealError
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    args, more = parser().parse_known_args(argv)
+    # argparse takes overrides up to the first option only; those behind it are the configuration's too.
+    strange = [word for word in more if word.startswith("-") or not hasattr(args, "config")]
+    if strange:
+        parser().error(f"unrecognized arguments: {' '.join(strange)}")
+    if more:
+        args.config += more
     try:
         return args.run(args) or 0
     except BorealError as error:

@@ -48,11 +48,12 @@ def train(config, *, world):
     signals = Signals()
     first_step, last_good, validation, began = state.step, resumed, None, time.perf_counter()
 
-    while (index := phases.at(config.phases, state.step, state.ledger.raw_tokens)) is not None:
+    while (index := phases.at(config.phases, *state.now)) is not None:
         phase = config.phases[index]
         if phase.name != state.ledger.phase:
+            state = dataclasses.replace(state, entered=state.now)
             report.say(f" phase {phase.name}: bags of {phase.bag_size}, windows of {phase.sequence} positions")
-        lr = schedule.learning_rate(config, state.step, state.ledger.raw_tokens)
+        lr = schedule.learning_rate(config, state.now, state.entered)
         batches, ledger = loader.step(phase, state.ledger)
         optimizer.zero_grad()
         losses, loads = train_step.forward_backward(config, wrapped, mesh, phase, list(batches))
@@ -96,7 +97,7 @@ def train(config, *, world):
                     norm=norm,
                 )
             )
-        over = phases.at(config.phases, state.step, ledger.raw_tokens) is None
+        over = phases.at(config.phases, *state.now) is None
         leaving = signals.seen(mesh) and not over
         if config.data.validation and not leaving and (over or state.step % config.evaluation.every_steps == 0):
             windows = config.evaluation.final_windows if over else config.evaluation.windows
@@ -112,7 +113,7 @@ def train(config, *, world):
             report.say(f" leaving after iteration {state.step}; the same command goes on from {last_good}")
             break
 
-    finished = phases.at(config.phases, state.step, state.ledger.raw_tokens) is None
+    finished = phases.at(config.phases, *state.now) is None
     if finished and state.step == first_step:
         report.say(f" nothing left to do: {resumed} is the end of this run")
         validation = last_validation(config.checkpoint.folder)

@@ -18,13 +18,14 @@ class Span:
     def steps(self):
         return self.end_step - self.first_step
 
-    def progress(self, step, raw_tokens):
-        """Share of the phase that is done, in its own unit, 0 to 1."""
-        if self.phase.until_steps is not None:
-            now, first, end = step, self.first_step, self.phase.until_steps
-        else:
-            now, first, end = raw_tokens, self.first_raw_token, self.phase.until_raw_tokens
-        return min(1.0, max(0.0, (now - first) / max(1, end - first)))
+    def progress(self, now, entered):
+        """Share of the phase that is done, in its own unit, 0 to 1.
+
+        Args:
+            now, entered: (steps, raw tokens), at present and when the phase really began.
+        """
+        unit, end = (0, self.phase.until_steps) if self.phase.until_steps else (1, self.phase.until_raw_tokens)
+        return min(1.0, (now[unit] - entered[unit]) / max(1, end - entered[unit]))
 
 
 def spans(phases):

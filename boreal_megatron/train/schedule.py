@@ -5,21 +5,22 @@ import math
 from boreal_megatron.train import phases
 
 
-def learning_rate(config, step, raw_tokens):
+def learning_rate(config, now, entered):
     """Learning rate of the next update.
 
     The run's schedule spans, as one curve, all phases that have no piece of their own; warm-up counts steps.
 
     Args:
         config: `config.schema.Config`.
-        step: updates made so far.
-        raw_tokens: raw tokens consumed so far.
+        now: (updates made, raw tokens consumed) so far.
+        entered: the same when the present phase began; a phase that took longer than planned moves no later curve.
     """
+    step, raw_tokens = now
     plan = phases.spans(config.phases)
     index = phases.at(config.phases, step, raw_tokens)
     index = len(plan) - 1 if index is None else index
     piece = plan[index].phase.learning_rate
-    progress = plan[index].progress(step, raw_tokens)
+    progress = plan[index].progress(now, entered)
     if piece is not None:
         return piece.end + (piece.start - piece.end) * _shape(piece.shape, progress, decay_fraction=1.0)
     schedule = config.schedule

@@ -22,13 +22,23 @@ class State:
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     sources: dict[str, str] = field(default_factory=dict)
+    entered: tuple[int, int] = (0, 0)  # (steps, raw tokens) when the present phase began
+
+    @property
+    def now(self):
+        return self.step, self.ledger.raw_tokens
 
     def to_dict(self):
-        return {"step": self.step, "ledger": self.ledger.to_dict(), "sources": self.sources}
+        return {
+            "step": self.step,
+            "ledger": self.ledger.to_dict(),
+            "sources": self.sources,
+            "entered": list(self.entered),
+        }
 
     @classmethod
     def from_dict(cls, values):
-        return cls(values["step"], Ledger.from_dict(values["ledger"]), values["sources"])
+        return cls(values["step"], Ledger.from_dict(values["ledger"]), values["sources"], tuple(values["entered"]))
 
     def continue_on(self, fingerprints):
         """The state with the sources that the run has now.
