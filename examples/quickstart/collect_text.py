@@ -24,6 +24,7 @@ TARGET_BYTES = 24_000_000
 LEAST_BYTES = 15_000_000  # less than this of the machine's own text makes a poor demonstration
 LEAST_OWN_BYTES = 300_000  # less than this of a user's text leaves too little to hold out
 FILE_BYTES = range(200, 32_001)  # many documents rather than few long ones
+MOST_DIGITS = 0.02  # of the characters: beyond it are tables, from which a small model learns to write digits
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 HELD_OUT = 50  # one document in so many
 PIECE_CHARACTERS = 4_000
@@ -165,11 +166,13 @@ def _walk(root, skip=()):
 
 
 def _readable(files):
-    """Yields (text, name) of the files of a fitting size that are UTF-8."""
+    """Yields (text, name) of the files of a fitting size that are UTF-8 and no tables of numbers."""
     for path, name in files:
         try:
             if os.path.isfile(path) and os.path.getsize(path) in FILE_BYTES:
-                yield Path(path).read_bytes().decode("utf-8"), name
+                content = Path(path).read_bytes().decode("utf-8")
+                if sum(map(str.isdigit, content)) <= MOST_DIGITS * len(content):
+                    yield content, name
         except (OSError, UnicodeDecodeError):
             continue
 

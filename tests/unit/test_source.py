@@ -216,11 +216,12 @@ def test_an_id_beyond_the_vocabulary_names_its_place(tmp_path):
         source.read_window((0, 3), 2, 4)
 
 
-def test_the_fingerprint_follows_name_and_index(tmp_path):
+def test_the_fingerprint_follows_name_index_and_seed(tmp_path):
     one, two = write(tmp_path / "a", [5, 6]), write(tmp_path / "b", [6, 5])
     prints = {Source(name, prefix, 0, "flat").fingerprint for name in "xy" for prefix in (one, two)}
     assert len(prints) == 4
-    assert Source("x", one, 5, "align").fingerprint in prints
+    assert Source("x", one, 0, "align").fingerprint in prints
+    assert Source("x", one, 5, "align").fingerprint not in prints, "another seed is another order"
 
 
 def test_pieces_cut_documents_before_they_are_shuffled(tmp_path):
