@@ -24,7 +24,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "export": ["transformers>=5"],
+        "export": ["transformers>=5.23"],
         "plot": ["matplotlib"],
         "test": ["pytest"],
     },
