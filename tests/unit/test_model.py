@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from boreal_megatron.data import batch
+from boreal_megatron.errors import BorealError
 from boreal_megatron.model import boreal, head, router
 from boreal_megatron.train import optim
 from boreal_megatron.train.step import forward_backward, means
@@ -178,6 +179,9 @@ def test_fp32_parameters_stay_fp32_under_bf16(mesh, tmp_path):
     fresh_wrapped = optim.wrap(config, fresh)
     checkpoint.load(path, config, fresh_wrapped, optim.build(config, fresh_wrapped), mesh)
     assert torch.equal(check(fresh), before)
+    plain = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"distributed": False})})
+    with pytest.raises(BorealError, match="was written with optimizer.distributed=true"):
+        checkpoint.load(path, plain, fresh_wrapped, None, mesh)
 
 
 def test_decay_starts_as_documented(mesh):
