@@ -37,12 +37,9 @@ class Mesh:
         return self.groups.pp.rank()
 
     @property
-    def first_stage(self):
-        return self.pp_rank == 0
-
-    @property
-    def last_stage(self):
-        return self.pp_rank == self.groups.pp.size() - 1
+    def context(self):
+        """(rank, size) of context parallelism."""
+        return self.groups.cp.rank(), self.groups.cp.size()
 
     @property
     def last_rank(self):
@@ -70,8 +67,10 @@ def start(layout, seed):
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            context_parallel_size=layout.context,
             expert_model_parallel_size=layout.expert,
-            expert_tensor_parallel_size=1,
+            expert_tensor_parallel_size=layout.expert_tensor,
         )
     here.seed(seed)
     return Mesh(

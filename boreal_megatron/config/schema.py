@@ -76,12 +76,23 @@ class Model(Frozen):
 
 
 class Parallel(Frozen):
-    """How the model is cut. Data parallelism is what remains: world / (tensor * pipeline)."""
+    """How the network and its rows are cut. Data parallelism is what remains: world / (tensor * pipeline * context).
+
+    `virtual_pipeline` chunks of the network on each pipeline rank make the interleaved schedule. `pipeline_layers`
+    gives the card layers of every stage, pipeline * virtual_pipeline of them in the network's order; without it they
+    are as even as can be. `context_deltanet` is how Gated DeltaNet crosses context-parallel ranks: `state` hands one
+    (state, transition) pair from chunk to chunk, `heads` exchanges positions for heads by all-to-all.
+    """
 
     tensor: Positive = 1
     sequence_parallel: bool = False
     pipeline: Positive = 1
+    virtual_pipeline: Positive = 1
+    pipeline_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, strict=False)
+    context: Positive = 1
+    context_deltanet: Literal["state", "heads"] = "state"
     expert: Positive = 1
+    expert_tensor: Positive = 1
 
 
 class Piece(Frozen):
@@ -185,12 +196,17 @@ class Log(Frozen):
 
 
 class Config(Frozen):
-    """A whole run. `check.py` says what is wrong with it beyond types."""
+    """A whole run. `check.py` says what is wrong with it beyond types.
+
+    `recompute` trades time for memory in the backward pass: `selective` keeps no activations inside core attention,
+    the Gated DeltaNet core and the MoE layers, `full` keeps only each half-block's input.
+    """
 
     model: Model
     parallel: Parallel = Parallel()
     micro_batch: Positive = 1
     precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
     phases: tuple[Phase, ...] = Field(strict=False, min_length=1)
     schedule: Schedule
     optimizer: Optimizer = Optimizer()

@@ -7,6 +7,7 @@ whole step, which is cheap, and reads its own windows only.
 import hashlib
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ class Loader:
         config: schema.Config.
         dp_rank, dp_size: this rank's place in data parallelism.
         device: where the tensors go.
+        context: (rank, size) of context parallelism.
 
     Attributes:
         sources: name -> Source.
@@ -37,11 +39,11 @@ class Loader:
         BorealError: a data set is missing or damaged, too small for a phase's windows, or made with another tokenizer.
     """
 
-    def __init__(self, config, dp_rank, dp_size, device):
-        self.config, self.dp_rank, self.dp_size, self.device = config, dp_rank, dp_size, device
-        self.boundaries = config.data.boundaries
+    def __init__(self, config, dp_rank, dp_size, device, context=(0, 1)):
+        self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
+        self.make = partial(batch.make, boundaries=config.data.boundaries, device=device, context=context)
         _check_tokenizers(config)
-        common = {"boundaries": self.boundaries, "vocab_size": config.model.vocab_size}
+        common = {"boundaries": config.data.boundaries, "vocab_size": config.model.vocab_size}
         self.sources = {
             name: Source(name, prefix, config.seed, piece_tokens=config.data.piece_tokens, **common)
             for name, prefix in config.data.sources.items()
@@ -72,7 +74,7 @@ class Loader:
 
     def _training_batch(self, phase, row):
         windows = [self.sources[name].read_window(start, phase.bag_size, phase.sequence) for name, start in row]
-        return batch.make(windows, boundaries=self.boundaries, device=self.device)
+        return self.make(windows)
 
     def validation(self, bag_size, sequence, windows):
         """Iterates over this rank's Batches of `windows` windows, spread evenly over the validation set in file order.
@@ -94,7 +96,7 @@ class Loader:
             fillers = micro_batch - len(mine)
             mine += offsets[:1] * fillers
             read = [source.read_window((0, offset), bag_size, sequence) for offset in mine]
-            yield batch.make(read, boundaries=self.boundaries, device=self.device, fillers=fillers)
+            yield self.make(read, fillers=fillers)
 
 
 def check_tokenizer(config):

@@ -4,13 +4,13 @@ k bag, b = 1 packed row, s positions, h hidden; per rank s/tp under sequence par
 """
 
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from boreal_megatron.config.layout import stage_pattern
 from boreal_megatron.model import head, rope
 from boreal_megatron.model.config import transformer_config
 from boreal_megatron.model.embedding import BagEmbedding
 from boreal_megatron.model.init import initialise
+from boreal_megatron.model.packing import Packing
 from boreal_megatron.model.spec import stack_spec
 
 
@@ -78,16 +78,9 @@ class BorealModel(HybridModel):
     def _decode(self, batch):
         """Embedding and stack; also what the MTP block needs again."""
         attention = self.description.attention
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
         common = dict(
             rotary_pos_emb=rope.rotary(batch.positions[0], attention.rope_dim(), attention.rope_theta),
-            packed_seq_params=packed,
+            packed_seq_params=Packing.of(batch),
         )
         hidden = self.embedding(input_ids=batch.ids, position_ids=None) if self.pre_process else None
         return self.decoder(hidden_states=hidden, attention_mask=None, **common), common

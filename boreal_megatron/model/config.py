@@ -7,6 +7,12 @@ from megatron.core.transformer import TransformerConfig
 from boreal_megatron import platform
 from boreal_megatron.config.pattern import expand
 
+RECOMPUTE = {
+    "none": {},
+    "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn", "moe"]),
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
+
 
 def transformer_config(config):
     """`config.schema.Config` -> TransformerConfig. One half-block of the pattern is one layer of megatron-core's."""
@@ -54,10 +60,13 @@ def transformer_config(config):
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence_parallel,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=layout.expert_tensor,
         # With batched point-to-point calls and virtual stages both directions share a peer, and data gets crossed.
         batch_p2p_comm=False,
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.precision == "bf16",
@@ -68,4 +77,5 @@ def transformer_config(config):
         persist_layer_norm=False,
         transformer_impl="local",
         **moe,
+        **RECOMPUTE[config.recompute],
     )
