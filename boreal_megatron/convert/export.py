@@ -84,7 +84,7 @@ def training_logits(path, config, ids):
 
     alone = config.model_copy(update={"parallel": Parallel(), "precision": "fp32"})
     mesh = parallel.start(alone.parallel, alone.seed)
-    model = boreal.build(alone, mesh).eval()
+    model = boreal.build(alone, mesh)[0].eval()
     checkpoint.load_weights(path, alone, model, mesh)
     with torch.no_grad():
         return model.logits(batch.of_tokens(ids, mesh.device)).float().cpu()

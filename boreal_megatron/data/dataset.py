@@ -90,8 +90,11 @@ class Loader:
         source.check_window(bag_size, sequence)
         every = source.edges(0, 0, bag_size, sequence, source.bags(bag_size))[:-1]
         offsets = every[np.linspace(0, len(every) - 1, min(windows, len(every))).astype(int)].tolist()
+        cut = self.config.parallel
         row = self.dp_size * micro_batch
-        for first in range(self.dp_rank * micro_batch, -(-len(offsets) // row) * row, row):
+        # The interleaved schedule takes micro-batches in groups of the pipeline's size.
+        group = row * (cut.pipeline if cut.virtual_pipeline > 1 else 1)
+        for first in range(self.dp_rank * micro_batch, -(-len(offsets) // group) * group, row):
             mine = offsets[first : first + micro_batch]
             fillers = micro_batch - len(mine)
             mine += offsets[:1] * fillers

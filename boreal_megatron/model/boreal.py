@@ -1,6 +1,6 @@
 """The network: megatron-core's HybridModel with bags in front and our losses behind.
 
-k bag, b = 1 packed row, s positions, h hidden; per rank s/tp under sequence parallelism.
+k bag, b = 1 packed row, s positions of this context-parallel rank, h hidden; s/tp under sequence parallelism.
 """
 
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -15,25 +15,28 @@ from boreal_megatron.model.spec import stack_spec
 
 
 class BorealModel(HybridModel):
-    """One pipeline stage of a BOREAL network.
+    """One chunk of a BOREAL network: a pipeline stage, or one of a stage's virtual stages.
 
     Args:
-        config: `config.schema.Config`.
+        config: `config.schema.Config`. settings: megatron-core's TransformerConfig, one for all chunks of a rank.
         mesh: `parallel.Mesh`.
+        number: which virtual stage of this pipeline rank.
     """
 
-    def __init__(self, config, mesh):
+    def __init__(self, config, settings, mesh, number):
+        pipeline = mesh.groups.pp
         super().__init__(
-            config=transformer_config(config),
+            config=settings,
             hybrid_stack_spec=stack_spec(config.model),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.model.max_positions,
             hybrid_layer_pattern=stage_pattern(config.model.pattern, config.parallel.pipeline),
-            pre_process=mesh.first_stage,
-            post_process=mesh.last_stage,
+            pre_process=pipeline.rank() == 0 and number == 0,
+            post_process=pipeline.rank() == pipeline.size() - 1 and number == config.parallel.virtual_pipeline - 1,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="none",
             pg_collection=mesh.groups,
+            vp_stage=number if config.parallel.virtual_pipeline > 1 else None,
         )
         self.description = config.model
         self.expert_loads = None  # [MoE layers, experts] of the last global batch, see train/optim.py
@@ -45,10 +48,10 @@ class BorealModel(HybridModel):
                 self.output_layer.weight = None
 
     def forward(self, batch):
-        """A micro-batch through this stage.
+        """A micro-batch through this chunk.
 
         Returns:
-            The last stage: the loss vector of `head.Losses`, [4] FP32. Other stages: hidden [s/tp, 1, h].
+            The last chunk: the loss vector of `head.Losses`, [4] FP32. Others: hidden [s/tp, 1, h].
         """
         hidden, common = self._decode(batch)
         if not self.post_process:
@@ -90,12 +93,15 @@ class BorealModel(HybridModel):
 
 
 def build(config, mesh):
-    """This rank's stage with its initial weights, on the mesh's device."""
-    model = BorealModel(config, mesh)
-    for name, parameter in model.named_parameters():
-        if ".experts." in name:
-            # Experts always reduce over the expert data-parallel group, so that the optimizer's structure, and with
-            # it the checkpoint's, is the same in every layout.
-            parameter.allreduce = False
-    initialise(model, config.seed, mesh)
-    return model
+    """This rank's chunks of the network with their initial weights, on the mesh's device: a list of BorealModel, one
+    per virtual pipeline stage."""
+    settings = transformer_config(config)
+    chunks = [BorealModel(config, settings, mesh, number) for number in range(config.parallel.virtual_pipeline)]
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                # Experts always reduce over the expert data-parallel group, so that the optimizer's structure, and
+                # with it the checkpoint's, is the same in every layout.
+                parameter.allreduce = False
+        initialise(chunk, config.seed, mesh)
+    return chunks

@@ -17,7 +17,7 @@ class Router(TopKRouter):
 
 
 def routers(model):
-    """(name, router) of every MoE layer of this stage, in order."""
+    """(name, router) of every MoE layer of this chunk, in order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Router)]
 
 
@@ -25,11 +25,11 @@ def loads(model, group):
     """Positions that each expert was given since the last bias update, over the whole global batch.
 
     Args:
-        model: this rank's stage.
-        group: tensor x data parallel ranks, among which a global batch is split.
+        model: one chunk of the network.
+        group: tensor x context x data parallel ranks, among which a global batch is split.
 
     Returns:
-        [layers, experts] FP32, or None on a stage without MoE.
+        [layers, experts] FP32, or None for a chunk without MoE.
     """
     local = [router.local_tokens_per_expert for _, router in routers(model)]
     if not local:

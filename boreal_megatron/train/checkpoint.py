@@ -86,7 +86,8 @@ def load(path, config, wrapped, optimizer, mesh):
     same_layout = saved["layout"] == _layout(config, mesh)
     template = _sharded(config, wrapped, optimizer, mesh, is_loading=True, rng=same_layout)
     values = _read(template, path)
-    wrapped.module.load_state_dict(values["model"])
+    for chunk, weights in zip(wrapped, values["model"], strict=True):
+        chunk.module.load_state_dict(weights)
     optimizer.load_state_dict(values["optimizer"])
     optim.own_steps(optimizer)
     if same_layout:
@@ -95,7 +96,7 @@ def load(path, config, wrapped, optimizer, mesh):
 
 
 def load_weights(path, config, model, mesh):
-    """Weights only, into an unwrapped model."""
+    """Weights only, into one unwrapped chunk."""
     saved = describe(path)
     check_same_model(path, saved["config"], config)
     metadata = _metadata(config, mesh)
@@ -195,7 +196,8 @@ def _start_manager():
 
 def _sharded(config, wrapped, optimizer, mesh, is_loading=False, rng=True):
     metadata = _metadata(config, mesh)
-    state = {"model": wrapped.module.sharded_state_dict(metadata=metadata)}
+    # A list of chunks; megatron-core names what is in them by the network's layers, whichever chunk has them.
+    state = {"model": [chunk.module.sharded_state_dict(metadata=metadata) for chunk in wrapped]}
     state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
     if rng:
         states = platform.current().rng_state()

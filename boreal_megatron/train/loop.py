@@ -32,9 +32,9 @@ def train(config, *, world):
     check.check(config, world)
     check_tokenizer(config)
     mesh = parallel.start(config.parallel, config.seed)
-    loader = Loader(config, mesh.dp_rank, mesh.dp_size, mesh.device)
-    model = boreal.build(config, mesh)
-    wrapped = optim.wrap(config, model)
+    loader = Loader(config, mesh.dp_rank, mesh.dp_size, mesh.device, mesh.context)
+    chunks = boreal.build(config, mesh)
+    wrapped = optim.wrap(config, chunks)
     optimizer = optim.build(config, wrapped)
 
     state = train_state.State()
@@ -123,7 +123,7 @@ def train(config, *, world):
         "validation_loss": validation,
         "raw_tokens": state.ledger.raw_tokens,
         "positions": state.ledger.positions,
-        "digest": train_state.digest(model, optimizer, state),
+        "digest": train_state.digest(chunks, optimizer, state),
     }
     report.say(" state: " + " ".join(f"{key}={value[:16]}" for key, value in summary["digest"].items()))
     report.close()
@@ -137,7 +137,9 @@ def announce(report, config, mesh, plan, state, resumed):
     report.say(
         f" BOREAL {config.model.pattern} | {size['with_mtp']:,} parameters, {size['active']:,} active | "
         f"world {mesh.world}: tensor {cut.tensor}{' + sequence' if cut.sequence_parallel else ''}, "
-        f"pipeline {cut.pipeline}, data {mesh.dp_size}, expert {cut.expert} | {config.precision}"
+        f"pipeline {cut.pipeline}{f' x {cut.virtual_pipeline}' if cut.virtual_pipeline > 1 else ''}, "
+        f"context {cut.context}, data {mesh.dp_size}, expert {cut.expert}"
+        f"{f' x tensor {cut.expert_tensor}' if cut.expert_tensor > 1 else ''} | {config.precision}"
     )
     for span in plan:
         report.say(

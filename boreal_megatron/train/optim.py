@@ -20,19 +20,20 @@ def decays(name, parameter):
     return parameter.dim() > 1 and not name.endswith(NO_DECAY)
 
 
-def wrap(config, model):
-    """The model in megatron-core's DDP: FP32 gradient buffers, summed over data parallelism."""
+def wrap(config, chunks):
+    """Each chunk in megatron-core's DDP: FP32 gradient buffers, summed over data and context parallelism."""
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=config.optimizer.distributed, grad_reduce_in_fp32=True, average_in_collective=False
     )
-    wrapped = DistributedDataParallel(model.config, ddp, model, pg_collection=model.pg_collection)
-    wrapped.broadcast_params()
+    wrapped = [DistributedDataParallel(c.config, ddp, c, pg_collection=c.pg_collection) for c in chunks]
+    for chunk in wrapped:
+        chunk.broadcast_params()
     return wrapped
 
 
 def build(config, wrapped):
-    """megatron-core's optimizer over FP32 master weights, and the schedule's hooks on the model's config."""
-    options = config.optimizer
+    """megatron-core's optimizer over FP32 master weights, and the schedule's hooks on the config that chunks share."""
+    options, settings = config.optimizer, wrapped[0].config
     groups = {
         _key("no_decay", lambda parameter, name: not decays(name, parameter)): {"wd_mult": 0.0},
         # FP32 parameters of a bf16 model get groups of their own, marked by a field that our schedule does not read:
@@ -50,25 +51,25 @@ def build(config, wrapped):
             adam_eps=options.eps,
             clip_grad=options.clip,
             bf16=config.precision == "bf16",
-            params_dtype=wrapped.config.params_dtype,
+            params_dtype=settings.params_dtype,
             use_distributed_optimizer=options.distributed,
         ),
-        [wrapped],
+        wrapped,
         config_overrides=groups,
     )
     prime(optimizer)
-    wrapped.config.grad_scale_func = optimizer.scale_loss
-    wrapped.config.finalize_model_grads_func = finalize
-    wrapped.config.no_sync_func = wrapped.no_sync
+    settings.grad_scale_func = optimizer.scale_loss
+    settings.finalize_model_grads_func = finalize
+    settings.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return optimizer
 
 
-def finalize(chunks, *args, **kwargs):
+def finalize(wrapped, *args, **kwargs):
     """megatron-core's end of the backward pass: reduce gradients, divide them by the global count, move the router's
     bias. The expert loads are read first, because it clears them."""
-    model = chunks[0].module
-    model.expert_loads = router.loads(model, model.pg_collection.tp_dp_cp)
-    finalize_model_grads(chunks, *args, **kwargs)
+    for chunk in wrapped:
+        chunk.module.expert_loads = router.loads(chunk.module, chunk.module.pg_collection.tp_dp_cp)
+    finalize_model_grads(wrapped, *args, **kwargs)
 
 
 def _key(name, matches):

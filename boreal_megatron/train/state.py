@@ -57,13 +57,17 @@ class State:
         return dataclasses.replace(self, sources={**self.sources, **fingerprints})
 
 
-def digest(model, optimizer, state):
+def digest(chunks, optimizer, state):
     """SHA-256 of everything a resume must bring back, over all ranks.
 
     Returns:
         dict of hex digests: parameters (and buffers), moments (and master weights), rng, ledger.
     """
-    tensors = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    tensors = {
+        f"{number}.{name}": tensor
+        for number, chunk in enumerate(chunks)
+        for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]
+    }
     moments = {}
     for number, part in enumerate(optim.parts(optimizer)):
         for position, (parameter, values) in enumerate(part.optimizer.state.items()):

@@ -13,17 +13,18 @@ def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):
     """Run a global batch through the pipeline; in training, gradients are reduced and divided at the end.
 
     Args:
-        wrapped: the DDP-wrapped stage.
+        wrapped: this rank's DDP-wrapped chunks, a list.
         batches: this rank's micro-batches, a list.
 
     Returns:
         (losses [4] FP32 of `head.Losses`, summed over the global batch, on every rank;
         loads [MoE layers, experts] of the whole network, or None without experts and in evaluation).
     """
-    wrapped.train(train)
-    if train:
-        wrapped.zero_grad_buffer()
-        wrapped.config.moe_router_bias_update_rate = phase.router_bias_rate
+    wrapped[0].config.moe_router_bias_update_rate = phase.router_bias_rate  # one config for all chunks
+    for chunk in wrapped:
+        chunk.train(train)
+        if train:
+            chunk.zero_grad_buffer()
 
     def forward_step(iterator, model):
         return model(next(iterator)), partial(loss_function, phase.mtp_weight)
@@ -31,7 +32,7 @@ def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):
     with torch.set_grad_enabled(train):
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
+            data_iterator=[iter(batches) for _ in wrapped],  # every chunk is told where the documents lie
             model=wrapped,
             num_microbatches=len(batches),
             seq_length=phase.sequence * config.micro_batch,  # a micro-batch is one packed row
@@ -43,16 +44,17 @@ def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):
         losses += output["losses"]
     dist.all_reduce(losses, group=mesh.groups.dp_cp)
     dist.all_reduce(losses, group=mesh.groups.pp)  # zeros on every stage but the last
-    return losses, _all_stages(wrapped.module.expert_loads, mesh) if train else None
+    return losses, _all_stages([chunk.module.expert_loads for chunk in wrapped], mesh) if train else None
 
 
 def _all_stages(loads, mesh):
-    """The expert loads of every pipeline stage, in the network's order, on every rank."""
-    if mesh.groups.pp.size() == 1:
-        return loads
-    stages = [None] * mesh.groups.pp.size()
-    dist.all_gather_object(stages, loads, group=mesh.groups.pp)
-    found = [stage for stage in stages if stage is not None]
+    """The expert loads of every pipeline stage's chunks, in the network's order, on every rank."""
+    stages = [loads]
+    if mesh.groups.pp.size() > 1:
+        stages = [None] * mesh.groups.pp.size()
+        dist.all_gather_object(stages, loads, group=mesh.groups.pp)
+    # The first chunks of all stages come before the second ones.
+    found = [stage[number] for number in range(len(loads)) for stage in stages if stage[number] is not None]
     return torch.cat(found) if found else None
 
 
@@ -67,8 +69,6 @@ def means(losses):
 def evaluate(config, wrapped, mesh, phase, loader, windows):
     """Validation loss of the first `windows` rows, with the phase's bags: nats a target, before and without mixing
     in the MTP loss."""
-    total = torch.zeros(4, device=mesh.device)
-    for batch in loader.validation(phase.bag_size, phase.sequence, windows):
-        losses, _ = forward_backward(config, wrapped, mesh, phase, [batch], train=False)
-        total += losses
-    return means(total)
+    batches = list(loader.validation(phase.bag_size, phase.sequence, windows))
+    losses, _ = forward_backward(config, wrapped, mesh, phase, batches, train=False)
+    return means(losses)

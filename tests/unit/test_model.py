@@ -35,13 +35,13 @@ def make(count=2, bag=1, positions=64, seed=0, boundaries="align"):
 
 def build(mesh, model=None, **changes):
     config = config_for(model or tiny_model(), **changes)
-    return config, boreal.build(config, mesh)
+    return config, boreal.build(config, mesh)[0]
 
 
 def trained_step(config, mesh, steps=1, bag=1, seed=0):
     """Model, wrapped, optimizer after some real optimizer steps, and the last loads."""
-    model = boreal.build(config, mesh)
-    wrapped = optim.wrap(config, model)
+    [model] = boreal.build(config, mesh)
+    wrapped = optim.wrap(config, [model])
     optimizer = optim.build(config, wrapped)
     for step in range(steps):
         _, loads = forward_backward(config, wrapped, mesh, config.phases[0], [make(bag=bag, seed=seed + step)])
@@ -175,8 +175,8 @@ def test_fp32_parameters_stay_fp32_under_bf16(mesh, tmp_path):
 
     before = check(model)
     path = checkpoint.save(tmp_path, config, wrapped, optimizer, State(), mesh)
-    fresh = boreal.build(config.model_copy(update={"seed": 7}), mesh)
-    fresh_wrapped = optim.wrap(config, fresh)
+    [fresh] = boreal.build(config.model_copy(update={"seed": 7}), mesh)
+    fresh_wrapped = optim.wrap(config, [fresh])
     checkpoint.load(path, config, fresh_wrapped, optim.build(config, fresh_wrapped), mesh)
     assert torch.equal(check(fresh), before)
     plain = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"distributed": False})})
@@ -247,9 +247,9 @@ def test_balance_metrics():
 def test_every_parameter_gets_a_gradient_and_moves(bag, precision, mesh):
     """One step of each kind; gradients are read where megatron-core's DDP accumulates them, in FP32."""
     config = config_for(tiny_model(), precision=precision)
-    model = boreal.build(config, mesh)
+    [model] = boreal.build(config, mesh)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    wrapped = optim.wrap(config, model)
+    wrapped = optim.wrap(config, [model])
     optimizer = optim.build(config, wrapped)
     losses, _ = forward_backward(config, wrapped, mesh, config.phases[0], [make(bag=bag)])
     main, mtp = means(losses)
@@ -266,8 +266,8 @@ def test_every_parameter_gets_a_gradient_and_moves(bag, precision, mesh):
 def test_weight_decay_touches_matrices_only(mesh):
     """The table by name, read back from the optimizer's groups."""
     config = config_for(tiny_model())
-    model = boreal.build(config, mesh)
-    wrapped = optim.wrap(config, model)
+    [model] = boreal.build(config, mesh)
+    wrapped = optim.wrap(config, [model])
     optimizer = optim.build(config, wrapped)
     optim.set_learning_rate(optimizer, 1e-3, 0.1)
     decayed = {name for name, p in model.named_parameters() if optim.decays(name, p)}
