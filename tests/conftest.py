@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples/quickstart"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--layout-results", metavar="FOLDER", help="write what the layout bench measured to layouts.json there")
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Standard-library sources as indexed data: paths of `tokenizer`, `train`, `valid`; 640 tokens."""

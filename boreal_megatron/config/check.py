@@ -1,13 +1,18 @@
 """What is wrong with a configuration beyond its types: every problem at once, with the nearest valid values.
 
-No torch; answers before any process starts.
+No torch; answers before any process starts. What makes a configuration right is the table in `rules.py`; here is which
+field to change, to what, and how to say so.
 """
 
-from boreal_megatron.config.layout import stages
+import re
+from math import prod
+
 from boreal_megatron.config.pattern import expand
+from boreal_megatron.config.rules import CANDIDATES, LAYERS, LETTERS, MULTIPLE, OR, PHASES
+from boreal_megatron.config.rules import Values, candidates, kind, table
 from boreal_megatron.errors import BorealError, ProblemsError
 
-VOCABULARY_MULTIPLE = 128  # rows that tile tensor cores and every tensor-parallel size
+SUGGESTIONS = 3  # of the values nearest to a wrong one
 
 
 def check(config, world=None):
@@ -23,100 +28,174 @@ def check(config, world=None):
 
 
 def problems(config, world=None):
-    """All problems as lines of text; empty when it can run."""
+    """All problems, a line for each field that has to change; empty when the configuration can run.
+
+    A single line's values are each valid as they stand. Of several lines each is valid with the nearest values of those
+    before it, and names them where they matter; all the nearest values together are right but for rare combinations,
+    as the search does not go back.
+    """
+    if world is not None and world < 1:
+        return [f"world={world}; expected 1 process or more"]
     try:
         main, mtp = expand(config.model.pattern)
     except BorealError as error:
         return [f"model.pattern: {error}"]
-    has_experts = "E" in main + (mtp or "")
-    return [
-        *_model(config.model, has_experts),
-        *_layout(config, len(main) // 2, has_experts, world),
-        *_phases(config, world),
-    ]
+    values = Values(_flat("", config.model_dump()))
+    values |= {LETTERS: main + (mtp or ""), LAYERS: len(main) // 2, PHASES: len(config.phases)}
+    values |= {} if world is None else {"world": world}
+    rules = [rule for rule in table(len(config.phases)) if values.has(rule)]
+    return [*_plain(config, values[LETTERS]), *_broken(values, rules)]
 
 
 def data_size(config, world):
     """Data-parallel size: what remains of the world."""
-    return max(1, world // (config.parallel.tensor * config.parallel.pipeline))
+    cut = config.parallel
+    return max(1, world // (cut.tensor * cut.pipeline * cut.context))
 
 
-def _model(model, has_experts):
-    if has_experts and model.moe is None:
+def _broken(v, rules):
+    """Lines: mends one field after another with its nearest valid value until all rules hold."""
+    start, mended = v, set()
+    while broken := [rule for rule in rules if not v.holds(rule)]:
+        depends = {rule: v.depends(rule) for rule in rules}
+        field, nearest = _choose(v, depends, broken, mended)
+        if not nearest:
+            rules = [rule for rule in rules if rule is not broken[0]]
+            if not start.holds(broken[0]):
+                yield _line(start, field, broken[:1], f"no value of {field} alone mends this")
+            continue
+        after = v.but(field, min(nearest, key=lambda value: _distance(value, v[field])))
+        told = [rule for rule in broken if field in depends[rule] and after.holds(rule)]
+        given = [f"{name}={_text(v[name])}" for name in sorted(mended) if any(name in depends[rule] for rule in told)]
+        say = f"nearest{' with ' + ', '.join(given) if given else ''}: {', '.join(map(_text, nearest))}"
+        other = OR.get(field)
+        if other and all(other in depends[rule] for rule in broken):
+            say += "".join(f"; or {other}={value}" for value in _nearest(other, v, depends, broken, broken))
+        yield _line(v, field, told, say)
+        v, mended = after, mended | {field}
+
+
+def _choose(v, depends, broken, mended):
+    """A field to change and its nearest valid values: one that mends all rules, else one that mends the first, which
+    depends on the fewest fields. Of several it is one whose value need not change beyond a factor of 2, then one that
+    the rules blame."""
+    names = sorted((name for name in v if kind(name) in CANDIDATES), key=lambda name: [*CANDIDATES].index(kind(name)))
+    order = [field for field in dict.fromkeys([*(rule.blame for rule in broken), *names]) if field not in mended]
+    for rules, patient in ((broken, False), (broken[:1], False), (broken[:1], True)):
+        far = None
+        for field in order:
+            if all(field in depends[rule] for rule in rules):
+                if nearest := _nearest(field, v, depends, broken, rules, patient):
+                    if any(_close(value, v[field]) for value in nearest):
+                        return field, nearest
+                    far = far or (field, nearest)
+        if far:
+            return far
+    return broken[0].blame, []
+
+
+def _nearest(field, v, depends, broken, mend, patient=False):
+    """The values of a field nearest to its own with which the rules of `mend` hold, and all others that depend on it.
+
+    Only a rule that also depends on what is wrong elsewhere may be left broken (any, if patient), and as few of those
+    as can be.
+    """
+    mine = [rule for rule in depends if field in depends[rule]]
+    elsewhere = {name for rule in broken if field not in depends[rule] for name in depends[rule]}
+    found = {}
+    for value in candidates(field, v):
+        values = v.but(field, value)
+        left = [rule for rule in mine if not values.holds(rule)]
+        if all(rule not in mend and (patient or values.depends(rule) & elsewhere) for rule in left):
+            found.setdefault(len(left), []).append(value)
+    best = found[min(found)] if found else []
+    return sorted(sorted(best, key=lambda value: _distance(value, v[field]))[:SUGGESTIONS])
+
+
+def _close(value, other):
+    return type(value) is not int or other <= 2 * value <= 4 * other
+
+
+def _distance(value, other):
+    return abs(value - other) if isinstance(value, int) else 0
+
+
+def _line(v, field, rules, say):
+    """What is wrong with one field: what it fails itself, then what fails because of it, then what to do."""
+    own, others = {}, {}
+    for rule in rules:
+        subject, other = _factors(v, rule.subject), _factors(v, rule.other)
+        left, right = _product(v, subject), f"{_product(v, other, beside=subject[0])} {rule.why}".rstrip()
+        if rule.relation == MULTIPLE and other == (field,):
+            own.setdefault("does not divide", []).append(f"{left} {rule.why}".rstrip())
+        elif subject == (field,):
+            own.setdefault(rule.relation, []).append(right)
+        else:
+            others.setdefault(f"{rule.relation} {right}", []).append(left)
+    own = [f"{relation} {', '.join(values)}" for relation, values in own.items()]
+    clauses = [f"{', '.join(lefts)} {right}" for right, lefts in others.items()]
+    head = _product(v, (field,)) + (" " + ", ".join(own) if own else ": " + clauses.pop(0))
+    return "; ".join([head, *clauses, say])
+
+
+def _factors(v, names):
+    """What a product consists of but for fields that are 1, which say nothing."""
+    return tuple(name for name in names if not isinstance(name, str) or v[name] != 1) or names[:1]
+
+
+def _product(v, names, beside=""):
+    """`a*b=2*3=6`; a number alone is just that. Names in the phase of a field said before go without its number."""
+    values = [v[name] if isinstance(name, str) else name for name in names]
+    words = [_label(v, name, beside) if isinstance(name, str) else _text(name) for name in names]
+    if len(names) > 1:
+        return f"{'*'.join(words)}={'*'.join(map(_text, values))}={prod(values)}"
+    return f"{words[0]}={_text(values[0])}" if isinstance(names[0], str) else words[0]
+
+
+def _label(v, name, beside):
+    phase = re.match(r"(phases\.\d+)\.(\w+)", name)
+    if not phase:
+        return name
+    return phase[2] if beside.startswith(phase[1] + ".") else f"{phase[1]} ({v[phase[1] + '.name']}).{phase[2]}"
+
+
+def _text(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _flat(at, value):
+    """(dotted name, value) of everything in nested dicts and lists of dicts."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
+        items = enumerate(value)
+    else:
+        yield at, value
+        return
+    for key, inner in items:
+        yield from _flat(f"{at}.{key}" if at else str(key), inner)
+
+
+def _plain(config, letters):
+    """Problems that no number mends."""
+    model = config.model
+    if "E" in letters and model.moe is None:
         yield "model.moe: missing, but model.pattern has E (MoE) blocks; describe the experts or use - (dense)"
-    if model.moe and model.moe.top_k > model.moe.experts:
-        yield f"model.moe.top_k={model.moe.top_k} exceeds model.moe.experts={model.moe.experts}"
-    yield from _divides("model.attention.kv_heads", model.attention.kv_heads, "model.attention.heads", model.attention.heads)
-    yield from _divides("model.gdn.key_heads", model.gdn.key_heads, "model.gdn.value_heads", model.gdn.value_heads)
     rope = model.attention.rope_dim()
     if rope < 2 or rope % 2:
         yield (
             f"model.attention.rope_fraction={model.attention.rope_fraction} rotates {rope} of "
             f"{model.attention.head_dim} dims; expected an even number of at least 2"
         )
-    if model.vocab_size % VOCABULARY_MULTIPLE:
-        up = -(-model.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        yield f"model.vocab_size={model.vocab_size} is not a multiple of {VOCABULARY_MULTIPLE}; nearest above: {up}"
-
-
-def _layout(config, layers, has_experts, world):
-    model, cut = config.model, config.parallel
-    sizes = {
-        "model.attention.kv_heads": model.attention.kv_heads,
-        "model.gdn.key_heads": model.gdn.key_heads,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.hidden_size": model.hidden_size,
-        "model.vocab_size": model.vocab_size,
-    }
-    if model.moe:
-        sizes["model.moe.shared_hidden_size"] = model.moe.shared_hidden_size
-    for name, size in sizes.items():
-        yield from _divides("parallel.tensor", cut.tensor, name, size)
-    if cut.sequence_parallel and cut.tensor == 1:
-        yield "parallel.sequence_parallel=true needs parallel.tensor > 1; set it to false"
-    if has_experts and cut.tensor > 1 and not cut.sequence_parallel:
-        yield "parallel.tensor > 1 with MoE blocks needs parallel.sequence_parallel=true; set it"
-    if cut.pipeline > layers or 0 in stages(layers, cut.pipeline):
-        yield f"parallel.pipeline={cut.pipeline} exceeds the network's {layers} layers; at most {layers}"
-    if cut.expert > 1 and model.moe is None:
-        yield f"parallel.expert={cut.expert} but the network has no experts; set it to 1"
-    if model.moe:
-        yield from _divides("parallel.expert", cut.expert, "model.moe.experts", model.moe.experts)
-    if world is None:
-        return
-    model_parallel = cut.tensor * cut.pipeline
-    if world % model_parallel:
-        yield (
-            f"world={world} processes is not a multiple of parallel.tensor*parallel.pipeline={model_parallel}; "
-            f"nearest: {_nearest_multiples(world, model_parallel)}"
-        )
-    elif (world // cut.pipeline) % cut.expert:
-        yield (
-            f"parallel.expert={cut.expert} does not divide world/parallel.pipeline={world // cut.pipeline}; "
-            f"nearest: {_divisors(world // cut.pipeline, cut.expert)}"
-        )
-
-
-def _phases(config, world):
-    model, cut = config.model, config.parallel
-    rows = config.micro_batch * (data_size(config, world) if world else 1)
     for number, phase in enumerate(config.phases):
-        where = f"phases.{number} ({phase.name})"
-        yield from _divides(f"{where}.sequence", phase.sequence, f"{where}.positions_per_step", phase.positions_per_step)
-        if phase.windows_per_step() % rows:
-            unit = phase.sequence * rows
-            yield (
-                f"{where}.positions_per_step={phase.positions_per_step} is {phase.windows_per_step()} windows of "
-                f"{phase.sequence}, not a multiple of micro_batch x data parallel = {rows}; "
-                f"nearest: {_nearest_multiples(phase.positions_per_step, unit)}"
-            )
-        if cut.sequence_parallel and (phase.sequence * config.micro_batch) % cut.tensor:
-            yield f"{where}.sequence*micro_batch={phase.sequence * config.micro_batch} is not a multiple of parallel.tensor={cut.tensor}"
-        if phase.sequence > model.max_positions:
-            yield f"{where}.sequence={phase.sequence} exceeds model.max_positions={model.max_positions}"
         for name in phase.blend or ():
             if name not in config.data.sources:
-                yield f"{where}.blend names {name!r}; data.sources has: {', '.join(config.data.sources)}"
+                yield (
+                    f"phases.{number} ({phase.name}).blend names {name!r}; "
+                    f"data.sources has: {', '.join(config.data.sources)}"
+                )
     for unit in ("until_raw_tokens", "until_steps"):
         ends = [getattr(phase, unit) for phase in config.phases if getattr(phase, unit)]
         if ends != sorted(set(ends)):
@@ -124,19 +203,3 @@ def _phases(config, world):
     names = [phase.name for phase in config.phases]
     if len(set(names)) < len(names):
         yield f"phases: names must differ; found {names}"
-
-
-def _divides(name, value, whole_name, whole):
-    if whole % value:
-        yield f"{name}={value} does not divide {whole_name}={whole}; nearest: {_divisors(whole, value)}"
-
-
-def _divisors(whole, near, count=3):
-    """The divisors of `whole` nearest to `near`, ascending."""
-    every = [d for d in range(1, whole + 1) if whole % d == 0]
-    return ", ".join(map(str, sorted(sorted(every, key=lambda d: abs(d - near))[:count])))
-
-
-def _nearest_multiples(value, unit):
-    below, above = value // unit * unit, -(-value // unit) * unit
-    return ", ".join(str(n) for n in sorted({below, above}) if n)

@@ -3,18 +3,47 @@
 from boreal_megatron.config.pattern import expand
 
 
-def stages(layers, pipeline):
-    """Card layers of each stage: as even as can be, the earlier stages taking the remainder, because the last one
-    also has the head and the MTP block."""
-    base, extra = divmod(layers, pipeline)
-    return [base + (stage < extra) for stage in range(pipeline)]
+def stages(layers, parallel):
+    """Card layers of each of the pipeline * virtual_pipeline stages, in the network's order.
+
+    Stage s is chunk s // pipeline of pipeline rank s % pipeline, which is also megatron-core's order.
+
+    Args:
+        parallel: `schema.Parallel`; without its `pipeline_layers` the split is even.
+    """
+    if parallel.pipeline_layers is not None:
+        return list(parallel.pipeline_layers)
+    return even(layers, parallel.pipeline * parallel.virtual_pipeline)
 
 
-def stage_pattern(pattern, pipeline):
-    """megatron-core's pattern: expanded, with `|` between pipeline stages and `/` before the MTP block."""
+def stage_pattern(pattern, parallel):
+    """megatron-core's pattern: expanded, with `|` between stages and `/` before the MTP block.
+
+    An empty stage is an empty string between two pipes, or at an end.
+    """
     main, mtp = expand(pattern)
     cut, position = [], 0
-    for layers in stages(len(main) // 2, pipeline):
+    for layers in stages(len(main) // 2, parallel):
         cut.append(main[2 * position : 2 * (position + layers)])
         position += layers
     return "|".join(cut) + (f"/{mtp}" if mtp else "")
+
+
+def even(layers, count):
+    """As even as can be, the earlier stages taking the remainder, because the last one also has the head and the MTP
+    block."""
+    base, extra = divmod(layers, count)
+    return [base + (stage < extra) for stage in range(count)]
+
+
+def nearest_split(given, layers, count):
+    """A split of all layers over `count` stages like the one given, with no empty stage between the first and the
+    last; even if the given one has another number of stages. Needs count <= layers + 2."""
+    split = list(given) if len(given) == count else even(layers, count)
+    split[1:-1] = [max(1, n) for n in split[1:-1]]
+    while sum(split) > layers:
+        spare = [n if n > 1 or stage in (0, count - 1) else 0 for stage, n in enumerate(split)]
+        split[spare.index(max(spare))] -= 1
+    while sum(split) < layers:
+        split[split.index(min(filter(None, split), default=0))] += 1
+    return split

@@ -1,14 +1,19 @@
 """Gated grouped-query attention over packed documents.
 
-t positions of one packed row, n query heads, g key/value heads, d head dim; per rank: n/tp, g/tp.
+T positions of one packed row, t = T / cp of this context-parallel rank, n query heads, g key/value heads, d head dim;
+per tensor-parallel rank: n/tp, g/tp.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention.bias import causal_lower_right
 
-from boreal_megatron.model import rope
+from boreal_megatron.model import context, rope
 
 GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -28,27 +33,51 @@ class GatedAttention(SelfAttention):
         query, key, value, gate = self.get_query_key_value_tensors(hidden_states, output_gate=True)
         query = rope.rotate(query, rotary_pos_emb)  # [t, 1, n, d]
         key = rope.rotate(key, rotary_pos_emb)  # [t, 1, g, d]
-        out = self.core_attention(query, key, value, packed_seq_params.cu_seqlens_q)  # [t, 1, n*d]
+        core = partial(self.core_attention, packing=packed_seq_params)
+        if self.config.recompute_granularity == "selective" and self.training:
+            out = tensor_parallel.checkpoint(core, False, query, key, value)  # [t, 1, n*d]
+        else:
+            out = core(query, key, value)  # [t, 1, n*d]
         out = (out.float() * self.gate(gate.reshape(out.shape).float())).to(out.dtype)
         return self.linear_proj(out)
 
 
 class CoreAttention(MegatronModule):
-    """Causal softmax attention inside each document, by torch's scaled_dot_product_attention."""
+    """Causal softmax attention inside each document, by torch's scaled_dot_product_attention.
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **unused):
+    Late positions have more keys than early ones, so under context parallelism each rank computes an early and a late
+    half of the row's queries instead of its own chunk, against the keys and values of the whole row.
+    """
+
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type, *, pg_collection, softmax_scale=None, **unused
+    ):
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
-    def forward(self, query, key, value, cu_seqlens):
-        """[t, 1, n, d] and [t, 1, g, d] x2 -> [t, 1, n*d]; cu_seqlens [documents + 1] int32."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, heads, t, d]
-        edges = cu_seqlens.tolist()
-        out = [
-            F.scaled_dot_product_attention(
-                q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=self.scale, enable_gqa=True
-            )
-            for a, b in zip(edges, edges[1:])
-        ]
+    def forward(self, query, key, value, packing):
+        """[t, 1, n, d] and [t, 1, g, d] x2 -> [t, 1, n*d]; `packing.edges` are the documents of the whole row."""
+        t, group = query.shape[0], self.cp_group
+        parts = [(0, t)]  # stretches of the row whose queries this rank computes
+        if group.size() > 1:
+            query = context.to_zigzag(query, group)
+            key, value = context.gather_keys_values(key, value, group)
+            parts = [(half * t // 2, (half + 1) * t // 2) for half in context.halves(group.rank(), group.size())]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, n, t, d], [1, g, T, d] x2
+        out, done = [], 0
+        for begin, end in parts:
+            for document, next_document in zip(packing.edges, packing.edges[1:]):
+                a, b = max(begin, document), min(end, next_document)
+                if a < b:
+                    out.append(self.attend(q[:, :, done : done + b - a], k[:, :, document:b], v[:, :, document:b]))
+                    done += b - a
         out = torch.cat(out, dim=2) if len(out) > 1 else out[0]
-        return out.permute(2, 0, 1, 3).reshape(query.shape[0], 1, -1)
+        out = out.permute(2, 0, 1, 3).reshape(t, 1, -1)
+        return context.from_zigzag(out, group) if group.size() > 1 else out
+
+    def attend(self, q, k, v):
+        """The last queries of a stretch of one document, with all its keys."""
+        aligned = q.shape[2] == k.shape[2]
+        mask = None if aligned else causal_lower_right(q.shape[2], k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=aligned, scale=self.scale, enable_gqa=True)

@@ -1,18 +1,25 @@
 """The Gated DeltaNet mixer (arXiv 2412.06464) as a tensor-parallel megatron-core module.
 
-t positions of one packed row, b = 1, H key heads, R value heads per key head, K key/value head dim; per rank: H/tp.
+T positions of one packed row, t = T / cp of this context-parallel rank, n stretches of one document in that chunk,
+b = 1, H key heads, R value heads per key head, K key/value head dim, W convolution taps; per tensor-parallel rank
+H/tp.
 
 `in_proj` rows and conv channels are grouped by key head, [q K | k K | v R*K | z R*K | b R | a R], so that a
 tensor-parallel shard is a contiguous block of rows and a checkpoint reshards like any column-parallel weight.
 """
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 
 from boreal_kernels import causal_conv1d, gated_delta_rule, gated_rmsnorm
+from boreal_megatron.model import context
 
 # Parameters cut along dim 0 by tensor parallelism, besides the linears, which say so themselves.
 SHARDED = {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
@@ -27,15 +34,32 @@ class GatedDeltaNet(MegatronModule):
     Args:
         shape: `config.schema.GDN`.
         column_linear, row_linear: the parallel linear classes.
+        context_mode: how context-parallel ranks share the row. "state": each runs its own chunk, and they hand the
+            recurrent state on. "heads": each runs the whole row for its share of the heads.
     """
 
     def __init__(
-        self, config, layer_number, *, shape, column_linear, row_linear, pg_collection, pp_layer_offset=None, name=None
+        self,
+        config,
+        layer_number,
+        *,
+        shape,
+        column_linear,
+        row_linear,
+        pg_collection,
+        context_mode="state",
+        pp_layer_offset=None,
+        name=None,
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
-        tp = self.tp_group.size()
+        self.cp_group = pg_collection.cp
+        tp, cp = self.tp_group.size(), self.cp_group.size()
+        assert context_mode == "state" or shape.key_heads % (tp * cp) == 0, (
+            f"{shape.key_heads} key heads do not divide over tensor {tp} x context {cp} ranks"
+        )
+        self.context_mode = context_mode if cp > 1 else "whole"
         self.heads = shape.key_heads // tp  # H
         self.group = shape.value_heads // shape.key_heads  # R
         self.head_dim = shape.head_dim  # K
@@ -75,35 +99,88 @@ class GatedDeltaNet(MegatronModule):
         )
 
     def forward(self, hidden_states, attention_mask=None, *, packed_seq_params, **unused):
-        cu_seqlens = packed_seq_params.cu_seqlens_q
         mixed, _ = self.in_proj(hidden_states)  # [t, 1, H*(qkv + z + b + a)]
+        core = partial(self.core, packing=packed_seq_params)
+        if self.config.recompute_granularity == "selective" and self.training:
+            out = tensor_parallel.checkpoint(core, False, mixed)
+        else:
+            out = core(mixed)
+        return self.out_proj(out)
+
+    def core(self, mixed, packing):
+        """[t, 1, H*(qkv + z + b + a)] -> [t, 1, H*R*K]: all between the projections."""
         t = mixed.shape[0]
         mixed = mixed.transpose(0, 1).view(1, t, self.heads, -1)
         qkv, z, b, a = mixed.split(self.splits, dim=-1)
-        qkv, _ = causal_conv1d(
-            qkv.reshape(1, t, -1), self.conv1d.weight, activation="silu", cu_seqlens=cu_seqlens
-        )
-        K = self.head_dim
-        q, k, v = qkv.view(1, t, self.heads, -1).split([K, K, self.group * K], dim=-1)
-        value_heads = self.heads * self.group
-        out, _, _ = gated_delta_rule(
-            q,
-            k,
-            v.reshape(1, t, value_heads, K),
-            a.reshape(1, t, value_heads),
-            b.reshape(1, t, value_heads),
-            self.A_log,
-            self.dt_bias,
-            cu_seqlens=cu_seqlens,
-        )
+        mix = {"whole": self.whole, "heads": self.by_heads, "state": self.by_state}[self.context_mode]
+        out = mix(qkv, b, a, packing)  # [1, t, H*R, K]
         # Every rank normalises its own heads with the same weight, so the weight's gradient is summed over tensor
         # parallel ranks here, with sequence parallelism and without (Megatron-LM#7452 is the sum left out).
         weight = copy_to_tensor_model_parallel_region(self.out_norm.weight, group=self.tp_group)
-        out = gated_rmsnorm(
-            out, z.reshape(1, t, value_heads, K), weight, eps=self.eps, activation=self.activation
+        out = gated_rmsnorm(out, z.reshape(out.shape), weight, eps=self.eps, activation=self.activation)
+        return out.reshape(1, t, -1).transpose(0, 1).contiguous()
+
+    def whole(self, qkv, b, a, packing):
+        """One rank has the row and all heads: qkv [1, t, H, (2 + R)*K], b, a [1, t, H, R] -> [1, t, H*R, K]."""
+        return self.mix_row(qkv, b, a, self.conv1d.weight, self.A_log, self.dt_bias, packing.cu_seqlens_q)
+
+    def by_heads(self, qkv, b, a, packing):
+        """As `whole`: the whole row for 1/cp of the heads, between two all-to-alls.
+
+        A rank has gradients for its own heads' parameters and zeros for the others'; the gradient sum over
+        context-parallel ranks completes them.
+        """
+        group = self.cp_group
+        mixed = torch.cat([qkv, b, a], dim=-1)[0]  # [t, H, (2 + R)*K + 2R]
+        mixed = context.positions_to_heads(mixed, group)[None]  # [1, T, H/cp, ..]
+        qkv, b, a = mixed.split([qkv.shape[-1], b.shape[-1], a.shape[-1]], dim=-1)
+        parameters = [p.chunk(group.size())[group.rank()] for p in (self.conv1d.weight, self.A_log, self.dt_bias)]
+        out = self.mix_row(qkv, b, a, *parameters, packing.cu_seqlens_q)  # [1, T, H*R/cp, K]
+        return context.heads_to_positions(out[0], group)[None]
+
+    def by_state(self, qkv, b, a, packing):
+        """As `whole`: this rank's chunk, with what the ranks before hand on.
+
+        The rule runs twice over the chunk's last stretch of one document: once from zero, for what the stretch does
+        to any state that enters it, and again from the state that does enter. A document over many chunks thus costs
+        two passes, and in return no rank waits for another's pass, only for the exchange of [K, 2K] per value head.
+        The last rank's first pass is used by no one; all ranks run it at the same time, so skipping it saves none.
+        """
+        edges, cu_seqlens, group, t = packing.edges, packing.chunk_cu_seqlens, self.cp_group, qkv.shape[1]
+        fresh = cu_seqlens.numel() - 2  # n - 1: every stretch but the chunk's first begins with nothing
+        before = context.previous_inputs(qkv[0].flatten(1), self.conv1d.weight.shape[1] - 1, edges, group)
+        before = F.pad(before.mT[None], (0, 0, 0, 0, 0, fresh))  # [n, C, W-1]
+        q, k, v, a, b = self.convolve(qkv, b, a, self.conv1d.weight, cu_seqlens, before)
+        last = context.last_stretch(edges, t, group)
+        _, state, transition = gated_delta_rule(
+            *(x[:, last:] for x in (q, k, v, a, b)),
+            self.A_log,
+            self.dt_bias,
+            output_final_state=True,
+            output_transition=True,
         )
-        out = out.reshape(1, t, value_heads * K).transpose(0, 1).contiguous()  # [t, 1, H*R*K]
-        return self.out_proj(out)
+        state = context.entering_state(state[0], transition[0], edges, t, group)  # [H*R, K, K]
+        state = F.pad(state[None], (0, 0, 0, 0, 0, 0, 0, fresh))  # [n, H*R, K, K]
+        out, _, _ = gated_delta_rule(
+            q, k, v, a, b, self.A_log, self.dt_bias, cu_seqlens=cu_seqlens, initial_state=state
+        )
+        return out
+
+    def mix_row(self, qkv, b, a, weight, A_log, dt_bias, cu_seqlens):
+        """Convolution and rule of a whole row, for the heads that are given."""
+        inputs = self.convolve(qkv, b, a, weight, cu_seqlens)
+        out, _, _ = gated_delta_rule(*inputs, A_log, dt_bias, cu_seqlens=cu_seqlens)
+        return out
+
+    def convolve(self, qkv, b, a, weight, cu_seqlens, initial_state=None):
+        """The rule's arguments: q, k [1, t, H, K], v [1, t, H*R, K], a, b [1, t, H*R]."""
+        (_, t, heads, _), K = qkv.shape, self.head_dim
+        qkv, _ = causal_conv1d(
+            qkv.reshape(1, t, -1), weight, activation="silu", cu_seqlens=cu_seqlens, initial_state=initial_state
+        )
+        q, k, v = qkv.view(1, t, heads, -1).split([K, K, self.group * K], dim=-1)
+        value_heads = heads * self.group
+        return q, k, v.reshape(1, t, value_heads, K), a.reshape(1, t, value_heads), b.reshape(1, t, value_heads)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         own = {name: self.get_parameter(name) for name in (*SHARDED, "out_norm.weight")}

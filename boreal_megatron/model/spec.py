@@ -50,8 +50,13 @@ class BagMTPLayer(MultiTokenPredictionLayer):
         return input_ids, position_ids, padding_mask, shifted, hidden_states
 
 
-def stack_spec(model):
-    """The hybrid stack of one network: `*` attention, `G` Gated DeltaNet, `-` dense, `E` MoE, `/` MTP."""
+def stack_spec(model, context_mode="state"):
+    """The hybrid stack of one network: `*` attention, `G` Gated DeltaNet, `-` dense, `E` MoE, `/` MTP.
+
+    Args:
+        model: `config.schema.Model`.
+        context_mode: how Gated DeltaNet shares a row among context-parallel ranks, see there.
+    """
 
     def mixer(spec):
         return ModuleSpec(
@@ -82,7 +87,12 @@ def stack_spec(model):
     )
     gdn = ModuleSpec(
         module=GatedDeltaNet,
-        params={"shape": model.gdn, "column_linear": ColumnParallelLinear, "row_linear": RowParallelLinear},
+        params={
+            "shape": model.gdn,
+            "column_linear": ColumnParallelLinear,
+            "row_linear": RowParallelLinear,
+            "context_mode": context_mode,
+        },
     )
     swiglu = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     moe = partial(

@@ -1,74 +1,70 @@
-"""Each layout continues one process's run: same checkpoint, same losses, norms and expert loads.
+"""Every layout computes what one process computes, and the bench that says so notices every known fault.
 
-fp32 on gloo, 3 steps that cross the phase switch; loss rtol 1e-5, gradient norm rtol 1e-4, loads exact.
+Loss, MTP loss, gradient norm and expert loads at every step, every finished gradient and every parameter by name, the
+router's bias, the validation loss. What is run and what is allowed: tests/support/layouts.py. All of them
+share one program.
 """
 
-import shutil
+import json
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
-from tests.support.launch import boreal, metrics, write_config
+from tests.support import layouts
+from tests.support.launch import write_config
+from tests.support.layouts import BY_NAME, FAULTY, LAYOUTS, REFERENCES, case, compare, launch, limits, violations
 
-DENSE = "model.pattern=*-G-G- / *-"
-LAYOUTS = {
-    "tensor 2 + sequence": ["parallel.tensor=2", "parallel.sequence_parallel=true"],
-    "pipeline 2": ["parallel.pipeline=2"],
-    "data 2, expert 2": ["parallel.expert=2"],
-    "data 2, plain optimizer": ["optimizer.distributed=false"],
-}
+CELLS = [pytest.param(c.name, id=c.name, marks=[] if c.often else pytest.mark.slow) for c in LAYOUTS]
 
 
 @pytest.fixture(scope="module")
-def one_process(corpus, tmp_path_factory):
-    """A run of 5 steps in one process with checkpoints at 2 and 4; bags of 4 until step 3."""
-    folder = tmp_path_factory.mktemp("one")
-    phases = [
-        {"name": "superposition", "until_steps": 3, "bag_size": 4, "sequence": 96, "positions_per_step": 768},
-        {"name": "recovery", "until_steps": 5, "sequence": 96, "positions_per_step": 768},
-    ]
-    config = write_config(folder / "config.yaml", corpus, folder / "run", phases=phases)
-    boreal(1, "train", config)
-    return config, folder / "run"
+def bench(corpus, tmp_path_factory, request):
+    """Function from (cell, fault or None) to its comparison. Runs the references, then all that this session selected."""
+    folder = tmp_path_factory.mktemp("layouts")
+    data = {
+        "tokenizer": str(corpus["tokenizer"]),
+        "sources": {"text": str(corpus["train"])},
+        "validation": str(corpus["valid"]),
+        "boundaries": "align",
+        "piece_tokens": 150,
+    }
+    config = write_config(folder / "config.yaml", corpus, folder / "run", **layouts.RUN, data=data)
+    params = [item.callspec.params for item in request.session.items if "bench" in getattr(item, "fixturenames", ())]
+    wanted = [(p["cell"], None) if "cell" in p else (FAULTY[p["fault"]][0], p["fault"]) for p in params]
+    used = {BY_NAME[cell].reference for cell, _ in wanted}
+    references = {name: case(folder, config, name, words) for name, words in REFERENCES.items() if name in used}
+    # The references first: the other cases begin with copies of their checkpoints.
+    output = launch({1: list(references.values())}, folder, timeout=300)
+    assert all(Path(r["out"]).exists() for r in references.values()), output[-6000:]
+    cases, plan = {}, defaultdict(list)
+    for cell, fault in wanted:
+        layout = BY_NAME[cell]
+        reference = references[layout.reference]
+        cases[cell, fault] = case(folder, config, cell, layout.words(), layout.start, reference, fault)
+        plan[layout.world].append(cases[cell, fault])
+    output = launch(plan, folder, timeout=3000)
+
+    def result(cell, fault=None):
+        mine = cases[cell, fault]
+        assert Path(mine["out"]).exists(), output[-6000:]
+        return compare(mine, references[BY_NAME[cell].reference], BY_NAME[cell].start)
+
+    return result
 
 
-def continue_from(source, step, target):
-    """A folder that holds only the checkpoint of one step."""
-    target.mkdir()
-    shutil.copytree(source / f"iter_{step:07d}", target / f"iter_{step:07d}")
-    (target / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
-    return target
+@pytest.mark.parametrize("cell", CELLS)
+def test_layout_equals_one_process(cell, bench, pytestconfig):
+    found = bench(cell)
+    if folder := pytestconfig.getoption("--layout-results"):
+        file = Path(folder) / "layouts.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        known[cell] = {name: value for name, value in found.items() if not isinstance(value, str)}
+        file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    assert not violations(found, limits(BY_NAME[cell]))
 
 
-def assert_same(ours, theirs, steps):
-    for step in steps:
-        a, b = ours[step], theirs[step]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), f"loss at step {step}"
-        assert a["mtp_loss"] == pytest.approx(b["mtp_loss"], rel=1e-5), f"MTP loss at step {step}"
-        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4), f"norm at step {step}"
-        assert a["raw_tokens"] == b["raw_tokens"]
-        assert a["phase"] == b["phase"]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_continues_one_process(layout, one_process, tmp_path):
-    config, run = one_process
-    # The plain optimizer's state is another structure on disk: it starts over instead of resuming.
-    scratch = "plain" in layout
-    folder = tmp_path / "run" if scratch else continue_from(run, 2, tmp_path / "run")
-    text = boreal(2, "train", config, f"checkpoint.folder={folder}", *LAYOUTS[layout])
-    steps = (1, 2, 3, 4, 5) if scratch else (3, 4, 5)
-    assert ("resuming from" in text) != scratch
-    ours, theirs = metrics(folder), metrics(run)
-    assert_same(ours, theirs, steps)
-    for step in steps:
-        assert ours[step]["expert_loads"] == theirs[step]["expert_loads"]
-    # The MTP loss is real and the loads add up: rows x positions x top-k, in every MoE layer.
-    assert theirs[5]["mtp_loss"] > 0
-    assert [sum(layer) for layer in theirs[5]["expert_loads"]] == [768 * 2]
-
-
-def test_initial_weights_do_not_depend_on_the_layout(one_process, tmp_path):
-    """Tensor 2 without sequence parallelism, a dense network, from scratch: one process's losses again."""
-    config, _ = one_process
-    for processes, name, layout in ((1, "one", []), (2, "two", ["parallel.tensor=2"])):
-        boreal(processes, "train", config, DENSE, f"checkpoint.folder={tmp_path / name}", "checkpoint.every_steps=9", *layout)
-    assert_same(metrics(tmp_path / "two"), metrics(tmp_path / "one"), (1, 2, 3, 4, 5))
+@pytest.mark.parametrize("fault", FAULTY)
+def test_bench_notices(fault, bench):
+    cell, expected = FAULTY[fault]
+    noticed = violations(bench(cell, fault), limits(BY_NAME[cell]))
+    assert expected <= noticed.keys(), noticed

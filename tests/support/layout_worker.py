@@ -1,130 +1,60 @@
-"""Trains several layouts one after another in one set of processes, and writes down what they computed.
+"""Trains many layouts in one program and writes down what they computed.
 
-    torchrun --standalone --nproc-per-node N tests/support/layout_worker.py CASES.json
+    python -m tests.support.layout_worker PLAN.json
 
-CASES.json: a list of {"name", "config": [files and overrides], "fault": name or null, "out": file}. The run is
-`boreal train`'s own loop. Around it, every step's finished gradients and the last parameters are gathered to full
-tensors under their checkpoint names and saved by rank 0; losses and the other metrics are in the run's metrics.jsonl.
+PLAN.json: a list of {"world", "cases": [{"name", "config": [file, overrides..], "fault": name or null, "out": file}]}.
+The cases of a world run one after another in the same gloo processes; these are forks of one that has imported
+everything, because importing megatron-core takes longer than a run. A run is `boreal train`'s own loop, and
+tests/support/record.py saves what it computed.
 """
 
-import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 
-import torch
-import torch.distributed as dist
-from boreal_megatron import parallel
-from boreal_megatron.config.load import load
-from boreal_megatron.log import quiet
-from boreal_megatron.model import init
-from boreal_megatron.train import loop
-from megatron.core import parallel_state
-from tests.support.faults import FAULTS
 
+def main(plan):
+    # Imported here, because a checkpoint's writers are spawned and import this file again.
+    import torch.multiprocessing
+    from boreal_megatron.log import quiet
+    from tests.support import faults, record  # noqa: F401  for all ranks at once
 
-def main(path):
     quiet()
-    rank = int(os.environ.get("RANK", 0))
-    for case in json.loads(open(path).read()):
+    failed = False
+    for launch in json.loads(open(plan).read()):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (launch["world"], launch["cases"], os.path.join(folder, "store"))
+            try:
+                torch.multiprocessing.start_processes(run, arguments, launch["world"], start_method="fork")
+            except Exception:
+                traceback.print_exc()
+                failed = True
+    return failed
+
+
+def run(rank, world, cases, store):
+    """One rank. An exception ends all ranks of this world: the others may be waiting for this one."""
+    import torch.distributed as dist
+    from boreal_megatron import parallel
+    from boreal_megatron.config.load import load
+    from boreal_megatron.train import loop
+    from megatron.core import parallel_state
+    from tests.support.faults import FAULTS
+    from tests.support.record import recorded
+
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    for case in cases:
         began = time.perf_counter()
-        config = load(case["config"][:1], case["config"][1:])
-        try:
-            with FAULTS[case["fault"]]() if case["fault"] else contextlib.nullcontext(), recorded() as record:
-                loop.train(config, world=int(os.environ.get("WORLD_SIZE", 1)))
-        except BaseException:
-            # The other ranks may be waiting for this one in a collective; the whole launch ends here.
-            print(f"rank {rank}, case {case['name']}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            os._exit(1)
+        with FAULTS[case["fault"]](), recorded(case["out"]):
+            loop.train(load(case["config"][:1], case["config"][1:]), world=world)
         if rank == 0:
-            torch.save(record, case["out"])
             print(f"case {case['name']}: {time.perf_counter() - began:.1f} s", flush=True)
         parallel_state.destroy_model_parallel()
     parallel.stop()
 
 
-@contextlib.contextmanager
-def recorded():
-    """While it lasts, training fills the record that it gives: {"gradients": {step: {name: tensor}}, "parameters":
-    {name: tensor}, "copies": largest difference between two ranks' copies of one thing}."""
-    record = {"gradients": {}, "parameters": {}, "copies": 0.0}
-    now = {}
-    originals = loop.boreal.build, loop.optim.wrap, loop.health.check, loop.train_state.digest
-
-    def build(config, mesh):
-        now["mesh"] = mesh
-        return originals[0](config, mesh)
-
-    def wrap(config, chunks):
-        now["wrapped"] = originals[1](config, chunks)
-        return now["wrapped"]
-
-    def check(step, loss, norm, latest):  # after the gradients are finished, before the weights move
-        record["gradients"][step] = gathered(now["wrapped"], now["mesh"], record, gradients(now["wrapped"]))
-        originals[2](step, loss, norm, latest)
-
-    def digest(chunks, optimizer, state):
-        record["parameters"] = gathered(now["wrapped"], now["mesh"], record)
-        return originals[3](chunks, optimizer, state)
-
-    def install(values):
-        loop.boreal.build, loop.optim.wrap, loop.health.check, loop.train_state.digest = values
-
-    install((build, wrap, check, digest))
-    try:
-        yield record
-    finally:
-        install(originals)
-
-
-def gradients(wrapped):
-    """A function from a parameter's shard (a view of it) to the same part of its finished FP32 gradient, or None for
-    a buffer's shard. The distributed optimizer's ranks own a part each of the gradients: they are gathered first."""
-    for chunk in wrapped:
-        if chunk.ddp_config.use_distributed_optimizer:
-            for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-                group = buffer.data_parallel_group
-                for bucket in buffer.buckets:
-                    own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-                    dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
-    parameters = [p for chunk in wrapped for p in chunk.parameters()]
-
-    def same_part(shard):
-        for p in parameters:
-            offset = shard.data_ptr() - p.data_ptr()
-            if 0 <= offset < p.nbytes:
-                first = p.main_grad.storage_offset() + offset // p.itemsize
-                return p.main_grad.as_strided(shard.shape, shard.stride(), first)
-
-    return same_part
-
-
-def gathered(wrapped, mesh, record, part=lambda shard: shard):
-    """{checkpoint name: full FP32 tensor} on rank 0, from every rank's shards; copies are compared on the way."""
-    mine = [
-        (s.key, s.global_shape, s.global_offset, s.prepend_axis_num, values.detach().float().clone())
-        for chunk in wrapped
-        for s in init.shards(chunk.module, mesh)
-        if (values := part(s.data)) is not None
-    ]
-    everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everyone)
-    if everyone is None:
-        return {}
-    out = {}
-    for key, shape, offset, axes, data in (shard for shards in everyone for shard in shards):
-        full = out.setdefault(key, torch.full(shape, torch.nan))
-        window = (*offset[:axes], *(slice(a, a + n) for a, n in zip(offset[axes:], data.shape, strict=True)))
-        if full[window].isnan().all():
-            full[window] = data
-        else:
-            record["copies"] = max(record["copies"], float((full[window] - data).abs().max()))
-    missing = [key for key, full in out.items() if full.isnan().any()]
-    assert not missing, f"no rank has all of {missing}"
-    return out
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

@@ -21,11 +21,11 @@ def refused(capsys, *words):
 def test_check_lists_every_problem_and_train_refuses_before_it_starts(config_file, capsys):
     for verb in ("check", "train"):
         text = refused(capsys, verb, config_file, "parallel.tensor=3", "phases.0.sequence=90")
-        assert "parallel.tensor=3 does not divide model.gdn.key_heads=2; nearest: 1, 2" in text
+        assert "parallel.tensor=3 does not divide model.attention.kv_heads=2, model.gdn.key_heads=2," in text
         assert "phases.0 (superposition).sequence=90 does not divide" in text
     assert main(["check", str(config_file)]) == 0
     text = refused(capsys, "check", config_file, "micro_batch=1", "--world", "7", "parallel.tensor=2")
-    assert "world=7 processes is not a multiple of parallel.tensor*parallel.pipeline=2; nearest: 6, 8" in text
+    assert "world=7 is not a multiple of parallel.tensor=2; nearest: 2, 4, 8" in text
     with pytest.raises(SystemExit):
         main(["check", str(config_file), "--wrold", "7"])
 

@@ -19,8 +19,9 @@ def test_unknown_and_ill_typed_keys_are_reported_together(example):
         load([example], ["model.attention.heds=3", "micro_batc=1", "seed=x", "phases.0.bag_sise=3", "model.presett=x"])
     text = str(caught.value)
     assert len(caught.value.problems) == 5
-    for expected in ("did you mean 'heads'?", "did you mean 'micro_batch'?", "seed: found 'x'", "did you mean 'bag_size'?", "did you mean 'preset'?"):
-        assert expected in text
+    for expected in ("heads", "micro_batch", "bag_size", "preset"):
+        assert f"did you mean '{expected}'?" in text
+    assert "seed: found 'x'" in text
 
 
 def test_files_merge_left_to_right_and_overrides_win(example, tmp_path):
@@ -53,32 +54,16 @@ def test_broken_files(text, expected, tmp_path):
         load([tmp_path / "nowhere.yaml"])
 
 
-def test_layout_problems_name_the_nearest_valid_values():
-    model = tiny_model()
-    config = config_for(model, parallel=dict(tensor=4, pipeline=5, expert=3), micro_batch=3)
-    found = "\n".join(problems(config, world=10))
-    for expected in (
-        "parallel.tensor=4 does not divide model.attention.kv_heads=2; nearest: 1, 2",
-        "parallel.tensor=4 does not divide model.gdn.key_heads=2; nearest: 1, 2",
-        "parallel.pipeline=5 exceeds the network's 3 layers",
-        "parallel.expert=3 does not divide model.moe.experts=4; nearest: 1, 2, 4",
-        "world=10 processes is not a multiple of parallel.tensor*parallel.pipeline=20",
-        "needs parallel.sequence_parallel=true",
-        "not a multiple of micro_batch x data parallel = 3; nearest: 192",
-    ):
-        assert expected in found, found
-
-
 def test_model_and_phase_problems():
     model = tiny_model(vocab_size=200, moe=None)
-    stages = [
+    phases = [
         dict(name="a", until_steps=5, sequence=60, positions_per_step=128, blend={"nope": 1.0}),
         dict(name="a", until_steps=5, sequence=1024, positions_per_step=1024),
     ]
-    found = "\n".join(problems(config_for(model, phases=stages)))
+    found = "\n".join(problems(config_for(model, phases=phases)))
     for expected in (
         "model.moe: missing",
-        "model.vocab_size=200 is not a multiple of 128; nearest above: 256",
+        "model.vocab_size=200 is not a multiple of 128; nearest: 256",
         "phases.0 (a).sequence=60 does not divide phases.0 (a).positions_per_step=128; nearest: 16, 32, 64",
         "phases.1 (a).sequence=1024 exceeds model.max_positions=512",
         "blend names 'nope'",

@@ -1,0 +1,91 @@
+"""Every step's finished gradients and the last parameters of a training run, as full tensors by checkpoint name."""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from boreal_megatron.model import init
+from boreal_megatron.train import loop
+
+
+@contextlib.contextmanager
+def recorded(out):
+    """What is trained while it lasts is written to `out` by rank 0: {"gradients": {step: {name: tensor}},
+    "parameters": {name: tensor}, "copies": the largest difference between two ranks' copies of one tensor}."""
+    record = {"gradients": {}, "parameters": {}, "copies": 0.0}
+    now = {}
+    originals = loop.boreal.build, loop.optim.wrap, loop.health.check, loop.train_state.digest
+
+    def build(config, mesh):
+        now["mesh"] = mesh
+        return originals[0](config, mesh)
+
+    def wrap(config, chunks):
+        now["wrapped"] = originals[1](config, chunks)
+        return now["wrapped"]
+
+    def check(step, loss, norm, latest):  # after the gradients are finished, before the weights move
+        record["gradients"][step] = gathered(now["wrapped"], now["mesh"], record, gradients(now["wrapped"]))
+        originals[2](step, loss, norm, latest)
+
+    def digest(chunks, optimizer, state):
+        record["parameters"] = gathered(now["wrapped"], now["mesh"], record)
+        return originals[3](chunks, optimizer, state)
+
+    def install(values):
+        loop.boreal.build, loop.optim.wrap, loop.health.check, loop.train_state.digest = values
+
+    install((build, wrap, check, digest))
+    try:
+        yield
+    finally:
+        install(originals)
+    if dist.get_rank() == 0:
+        torch.save(record, out)
+
+
+def gradients(wrapped):
+    """A function from a parameter's shard (a view of it) to the same part of its finished FP32 gradient, or None for
+    a buffer's shard. The distributed optimizer's ranks own a part each of the gradients: they are gathered first."""
+    for chunk in wrapped:
+        if chunk.ddp_config.use_distributed_optimizer:
+            for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+                group = buffer.data_parallel_group
+                for bucket in buffer.buckets:
+                    own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+    parameters = [p for chunk in wrapped for p in chunk.parameters()]
+
+    def same_part(shard):
+        for p in parameters:
+            offset = shard.data_ptr() - p.data_ptr()
+            if 0 <= offset < p.nbytes:
+                first = p.main_grad.storage_offset() + offset // p.itemsize
+                return p.main_grad.as_strided(shard.shape, shard.stride(), first)
+
+    return same_part
+
+
+def gathered(wrapped, mesh, record, part=lambda shard: shard):
+    """{checkpoint name: full FP32 tensor} on rank 0, from every rank's shards; copies are compared on the way."""
+    mine = [
+        (s.key, s.global_shape, s.global_offset, s.prepend_axis_num, values.detach().float().clone())
+        for chunk in wrapped
+        for s in init.shards(chunk.module, mesh)
+        if (values := part(s.data)) is not None
+    ]
+    everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone)
+    if everyone is None:
+        return {}
+    out = {}
+    for key, shape, offset, axes, data in (shard for shards in everyone for shard in shards):
+        full = out.setdefault(key, torch.full(shape, torch.nan))
+        window = (*offset[:axes], *(slice(a, a + n) for a, n in zip(offset[axes:], data.shape, strict=True)))
+        if full[window].isnan().all():
+            full[window] = data
+        else:
+            record["copies"] = max(record["copies"], float((full[window] - data).abs().max()))
+    missing = [key for key, full in out.items() if full.isnan().any()]
+    assert not missing, f"no rank has all of {missing}"
+    return out
