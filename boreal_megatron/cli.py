@@ -50,6 +50,8 @@ def parser():
     p = verbs.add_parser("check", help="say everything that is wrong with a configuration")
     config_arguments(p)
     p.add_argument("--world", type=int, help="number of processes the run will have")
+    p.add_argument("--dry-run", action="store_true", help="also build the ranks of that world, without its machines")
+    p.add_argument("--json", action="store_true", help="what the dry run found, for programs")
     p.set_defaults(run=check)
 
     p = verbs.add_parser("plan", help="know before you launch")
@@ -112,9 +114,26 @@ def train(args):
 def check(args):
     from boreal_megatron.config.check import check as check_config
 
+    if args.dry_run and not args.world:
+        raise BorealError("--dry-run builds the ranks of a world; say --world N")
+    if args.json and not args.dry_run:
+        raise BorealError("--json prints what a dry run found; add --dry-run")
     config = load_config(args.config)
     check_config(config, args.world)
-    print("nothing is wrong with this configuration" + ("" if args.world else " (say --world N to check the layout too)"))
+    if not args.json:
+        more = "" if args.world else " (say --world N to check the layout too)"
+        print(f"nothing is wrong with this configuration{more}")
+    if not args.dry_run:
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch remarks on a process that becomes another rank
+    from boreal_megatron.log import bar, quiet
+
+    quiet()
+    from boreal_megatron.dry_run import dry_run, table
+
+    with bar("dry run", "classes") as progress:
+        found = dry_run(config, args.world, progress)
+    print(json.dumps(found, indent=1) if args.json else table(found))
 
 
 def plan_params(args):

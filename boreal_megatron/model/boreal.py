@@ -27,10 +27,10 @@ class BorealModel(HybridModel):
         pipeline = mesh.groups.pp
         super().__init__(
             config=settings,
-            hybrid_stack_spec=stack_spec(config.model),
+            hybrid_stack_spec=stack_spec(config.model, config.parallel.context_deltanet),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.model.max_positions,
-            hybrid_layer_pattern=stage_pattern(config.model.pattern, config.parallel.pipeline),
+            hybrid_layer_pattern=stage_pattern(config.model.pattern, config.parallel),
             pre_process=pipeline.rank() == 0 and number == 0,
             post_process=pipeline.rank() == pipeline.size() - 1 and number == config.parallel.virtual_pipeline - 1,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
@@ -103,5 +103,7 @@ def build(config, mesh):
                 # Experts always reduce over the expert data-parallel group, so that the optimizer's structure, and
                 # with it the checkpoint's, is the same in every layout.
                 parameter.allreduce = False
-        initialise(chunk, config.seed, mesh)
+        chunk.to(mesh.device)  # megatron-core makes router weights on the CPU, whatever the device
+        if mesh.device.type != "meta":  # which stores no values (`dry_run.py`)
+            initialise(chunk, config.seed, mesh)
     return chunks

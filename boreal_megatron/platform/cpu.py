@@ -27,11 +27,11 @@ def install():
     # Gates that forget within a position leave denormal numbers, which cost a CPU twenty ordinary ones.
     torch.set_flush_denormal(True)
     _memory()
-    _functions()
+    functions(_CPU)
     _rng()
     _dispatcher()
     # Mode objects are per thread: autograd's own threads run only backward formulas, which create no named devices.
-    CudaNamesOnCpu().__enter__()
+    CudaNames(_CPU).__enter__()
 
 
 def _memory():
@@ -73,11 +73,11 @@ class _Stream:
         return _Event()
 
 
-def _functions():
+def functions(device):
     """torch.cuda's functions: one stream, nothing to wait for."""
     stream = _Stream()
     cuda = torch.cuda
-    cuda.current_device = lambda: _CPU
+    cuda.current_device = lambda: device
     for name in ("synchronize", "empty_cache", "set_device"):
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.current_stream = cuda.default_stream = lambda *args: stream
@@ -91,25 +91,29 @@ def _is_cuda(device):
     )
 
 
-class CudaNamesOnCpu(TorchFunctionMode):
-    """`device="cuda"` means the CPU, `.cuda()` the tensor itself, and pinned memory ordinary memory.
+class CudaNames(TorchFunctionMode):
+    """`device="cuda"` means `device` (CPU or meta), `.cuda()` a tensor there, and pinned memory ordinary memory.
 
     `Tensor.type()` answers as on a GPU, because megatron-core's optimizers sort parameters by strings such as
     'torch.cuda.FloatTensor'.
     """
 
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
+            kwargs["device"] = self.device
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         if function is torch.Tensor.cuda:
-            return args[0]
+            return args[0].to(self.device)
         if function is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
+            args = (args[0], self.device, *args[2:])
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return function(*args).replace("torch.", "torch.cuda.", 1)
+            return "torch.cuda." + function(*args).rpartition(".")[2]
         return function(*args, **kwargs)
 
 

@@ -8,6 +8,7 @@ everything, because importing megatron-core takes longer than a run. A run is `b
 tests/support/record.py saves what it computed.
 """
 
+import gc
 import json
 import os
 import sys
@@ -23,10 +24,11 @@ def main(plan):
     from tests.support import faults, record  # noqa: F401  for all ranks at once
 
     quiet()
+    gc.freeze()  # or every collection of every rank would walk, and so copy, what they share; a save collects thrice
     failed = False
     for launch in json.loads(open(plan).read()):
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (launch["world"], launch["cases"], os.path.join(folder, "store"))
+            arguments = (launch["world"], launch["cases"], folder)
             try:
                 torch.multiprocessing.start_processes(run, arguments, launch["world"], start_method="fork")
             except Exception:
@@ -35,25 +37,24 @@ def main(plan):
     return failed
 
 
-def run(rank, world, cases, store):
+def run(rank, world, cases, folder):
     """One rank. An exception ends all ranks of this world: the others may be waiting for this one."""
     import torch.distributed as dist
     from boreal_megatron import parallel
     from boreal_megatron.config.load import load
     from boreal_megatron.train import loop
-    from megatron.core import parallel_state
     from tests.support.faults import FAULTS
     from tests.support.record import recorded
 
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    for case in cases:
+    for number, case in enumerate(cases):
         began = time.perf_counter()
+        store = dist.FileStore(os.path.join(folder, str(number)), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         with FAULTS[case["fault"]](), recorded(case["out"]):
             loop.train(load(case["config"][:1], case["config"][1:]), world=world)
+        parallel.stop()  # gloo's threads, too
         if rank == 0:
             print(f"case {case['name']}: {time.perf_counter() - began:.1f} s", flush=True)
-        parallel_state.destroy_model_parallel()
-    parallel.stop()
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def case(folder, config, name, words, start=0, reference=None, fault=None):
         step = f"iter_{start:07d}"
         shutil.copytree(f"{reference['run']}/{step}", run / step)
         (run / "latest_checkpointed_iteration.txt").write_text(f"{start}\n")
-    words = [*words, f"checkpoint.folder={run}"]
+    words = [*words, f"checkpoint.folder={run}", f"checkpoint.every_steps={STEPS if reference else FIRST}"]
     return {"name": name, "config": [str(config), *words], "fault": fault, "out": str(run / "record.pt"), "run": str(run)}
 
 

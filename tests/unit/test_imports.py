@@ -22,6 +22,7 @@ RULES = {
     "model": {"torch", "megatron", "boreal_kernels", f"{OWN}.model", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.compat"} | CONFIG,
     "data": {"numpy", "torch", "megatron", "tokenizers", "tqdm", f"{OWN}.data", f"{OWN}.parallel"} | CONFIG,
     "train": {"torch", "megatron", "yaml", "matplotlib", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | CONFIG,
+    "dry_run.py": {"torch", "megatron", f"{OWN}.plan", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.model", f"{OWN}.train"} | CONFIG,
     "convert": {"torch", "safetensors", "transformers", "numpy", f"{OWN}.convert", f"{OWN}.train", f"{OWN}.data", f"{OWN}.model", f"{OWN}.parallel"} | CONFIG,
 }  # fmt: skip
 SOURCES = sorted((ROOT / OWN).rglob("*.py"))

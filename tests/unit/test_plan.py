@@ -36,11 +36,13 @@ def test_published_counts(name, tied, untied, active_non_embedding):
 @pytest.mark.parametrize("tied", [True, False])
 def test_built_model_has_the_planned_parameters(name, tied, mesh, monkeypatch):
     from boreal_megatron.model.boreal import BorealModel
+    from boreal_megatron.model.config import transformer_config
 
     model = model_of(name, tie_embeddings=tied)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
     with torch.device("meta"):
-        built = BorealModel(config_for(model), mesh)
+        config = config_for(model)
+        built = BorealModel(config, transformer_config(config), mesh, 0)
     counts = params.count(model)
     assert {p.device.type for p in built.parameters()} == {"meta"}
     assert sum(p.numel() for p in built.parameters()) == counts["with_mtp"]
