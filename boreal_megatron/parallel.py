@@ -81,6 +81,21 @@ def start(layout, seed):
     )
 
 
+def restart_hazard(environment=os.environ):
+    """A warning where torchrun would restart workers that cannot find each other, or None.
+
+    torch 2.15's workers share their agent's store, and restarted ones read the addresses of the dead
+    (pytorch/pytorch#135712); tests/parallel/test_multinode.py fails once torch no longer needs the variable.
+    """
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return (
+            f"torchrun has --max-restarts {restarts} and shares its store: restarted workers will hang; "
+            "start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
+    return None
+
+
 def stop():
     """Leave torch.distributed in order."""
     parallel_state.destroy_model_parallel()

@@ -1,7 +1,8 @@
 """megatron-core on CPU tensors and gloo.
 
 megatron-core names CUDA in four ways: functions of `torch.cuda`, `device="cuda"` literals, its RNG tracker, and
-branches that test `is_cuda`. Each gets its CPU meaning here, once, and only where no CUDA device exists.
+branches that test `is_cuda`. Each gets its CPU meaning here, once, and only where no CUDA device exists; and so do the
+collectives that only NCCL has.
 `torch.cuda.is_available()` keeps telling the truth.
 """
 
@@ -30,6 +31,7 @@ def install():
     functions(_CPU)
     _rng()
     _dispatcher()
+    _uneven_collectives()
     # Mode objects are per thread: autograd's own threads run only backward formulas, which create no named devices.
     CudaNames(_CPU).__enter__()
 
@@ -157,3 +159,32 @@ def _dispatcher():
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _uneven_collectives():
+    """Gathering and reduce-scattering parts of different lengths, which expert-tensor parallelism needs: NCCL takes
+    them as they are, gloo only with every part padded to the longest."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def padded(x, length):
+        return torch.cat([x, x.new_zeros(length - x.shape[0], *x.shape[1:])])
+
+    def gather_any(x, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(x, group, None, use_global_buffer)
+        sizes = [int(n) for n in output_split_sizes]
+        parts = gather(padded(x, max(sizes)), group).chunk(group.size()) if max(sizes) else [x] * group.size()
+        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+
+    def reduce_scatter_any(x, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(x, group, None, use_global_buffer)
+        sizes = [int(n) for n in input_split_sizes]
+        if not max(sizes):
+            return x
+        parts = [padded(part, max(sizes)) for part in x.split(sizes)]
+        return reduce_scatter(torch.cat(parts), group)[: sizes[group.rank()]]
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, reduce_scatter_any

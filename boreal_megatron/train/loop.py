@@ -146,6 +146,8 @@ def announce(report, config, mesh, plan, state, resumed):
             f" phase {span.phase.name}: {span.steps} steps, {span.end_raw_token - span.first_raw_token:,} raw tokens, "
             f"{span.steps * span.phase.positions_per_step:,} positions (planned, full bags)"
         )
+    if warning := parallel.restart_hazard():
+        report.say(f" warning: {warning}")
     if resumed:
         report.say(f" resuming from {resumed}: step {state.step}, {state.ledger.raw_tokens:,} raw tokens read")
 

@@ -52,7 +52,8 @@ def run(rank, world, cases, folder):
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         with FAULTS[case["fault"]](), recorded(case["out"]):
             loop.train(load(case["config"][:1], case["config"][1:]), world=world)
-        parallel.stop()  # gloo's threads, too
+        parallel.stop()
+        gc.collect()  # with the process groups go gloo's threads
         if rank == 0:
             print(f"case {case['name']}: {time.perf_counter() - began:.1f} s", flush=True)
 

@@ -40,6 +40,10 @@ def recorded(out):
         yield
     finally:
         install(originals)
+        # The schedule's hooks on the configuration close a circle through autograd's nodes, which Python's collector
+        # cannot see; the process groups in it, with three threads each, would outlive the run.
+        settings = now["wrapped"][0].config
+        settings.grad_scale_func = settings.finalize_model_grads_func = settings.no_sync_func = None
     if dist.get_rank() == 0:
         torch.save(record, out)
 

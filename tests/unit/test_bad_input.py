@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from boreal_megatron import parallel
 from boreal_megatron.cli import main
 from boreal_megatron.errors import BorealError, ProblemsError
 from boreal_megatron.train import checkpoint
@@ -28,6 +29,13 @@ def test_check_lists_every_problem_and_train_refuses_before_it_starts(config_fil
     assert "world=7 is not a multiple of parallel.tensor=2; nearest: 2, 4, 8" in text
     with pytest.raises(SystemExit):
         main(["check", str(config_file), "--wrold", "7"])
+
+
+def test_restarts_that_would_hang_are_announced():
+    hazard = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in parallel.restart_hazard(hazard)
+    assert parallel.restart_hazard(hazard | {"TORCHELASTIC_USE_AGENT_STORE": "False"}) is None
+    assert parallel.restart_hazard(hazard | {"TORCHELASTIC_MAX_RESTARTS": "0"}) is None
 
 
 def test_tokenizer_of_another_size_is_refused(config_file, corpus, capsys):

@@ -44,8 +44,13 @@ def test_distributed_optimizer_still_wants_a_step_it_did_not_save(mesh):
 def test_names_that_the_cpu_platform_gives_a_meaning(mesh):
     """They exist upstream, and answer for the CPU now."""
     from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import token_dispatcher
 
+    assert {mappings._gather_along_first_dim.__name__, mappings._reduce_scatter_along_first_dim.__name__} == {
+        "gather_any",
+        "reduce_scatter_any",
+    }
     assert torch.zeros(1, device="cuda").device.type == "cpu"
     assert torch.zeros(1).cuda().device.type == "cpu"
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"

@@ -13,6 +13,7 @@ from boreal_megatron.model import boreal, head, router
 from boreal_megatron.train import optim
 from boreal_megatron.train.step import forward_backward, means
 from tests.support.configs import config_for, tiny_model
+from torch.overrides import TorchFunctionMode
 
 FP32 = ("A_log", "dt_bias", "router.weight", "router.expert_bias")
 
@@ -150,6 +151,36 @@ def test_a_document_gives_the_same_logits_alone_and_packed(mesh):
         packed = model.logits(batch.make(row, boundaries="align", device="cpu"))[29:]
         alone = model.logits(batch.of_tokens(torch.from_numpy(row[0]["ids"][0, 29:64]), "cpu"))
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+class HostReads(TorchFunctionMode):
+    """Notes every call that waits for the device to tell the host a value."""
+
+    NAMES = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.NAMES:
+            self.seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bag", [1, 4])
+def test_no_host_reads_in_the_network(bag, mesh):
+    """Embedding, both mixers, dense layers, MTP and losses, forward and backward. MoE is megatron-core's dispatcher,
+    whose all-to-all needs its split sizes on the host."""
+    _, model = build(mesh, tiny_model(pattern="*-G-G- / *-", moe=None))
+    b = make(bag=bag)
+    with HostReads() as reads:
+        losses = model(b)
+        (losses[0] / losses[1]).backward()
+    assert not reads.seen
+    with HostReads() as reads:
+        b.cu_seqlens.tolist()
+    assert reads.seen == ["tolist"]
 
 
 # ---------------------------------------------------------------- precision
