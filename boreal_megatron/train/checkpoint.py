@@ -218,7 +218,7 @@ def _metadata(config, mesh):
 
 
 def _layout(config, mesh):
-    return {"world": mesh.world, **config.parallel.model_dump(), "distributed": config.optimizer.distributed}
+    return {"world": mesh.world, **config.parallel.model_dump(mode="json"), "distributed": config.optimizer.distributed}
 
 
 def _prepare(config, folder, partial):

@@ -22,7 +22,8 @@ def measured():
 def table():
     """Markdown, one row for a cell of the bench."""
     results = measured()
-    rows = ["| layout | processes | loss | all gradients | worst gradient | worst parameter | `make test` |", "|---|---|---|---|---|---|---|"]
+    rows = ["| layout | processes | loss | all gradients | worst gradient | worst parameter | `make test` |"]
+    rows += ["|---|---|---|---|---|---|---|"]
     for layout in LAYOUTS:
         numbers = " | ".join(f"{results[layout.name][name]:.0e}" for name in COLUMNS)
         rows.append(f"| {layout.name} | {layout.world} | {numbers} | {'yes' if layout.often else ''} |")

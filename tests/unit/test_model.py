@@ -2,6 +2,7 @@
 the router's bias, and that one step moves everything that should move. Seeds and tolerances stand in each test."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -213,6 +214,16 @@ def test_fp32_parameters_stay_fp32_under_bf16(mesh, tmp_path):
     plain = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"distributed": False})})
     with pytest.raises(BorealError, match="was written with optimizer.distributed=true"):
         checkpoint.load(path, plain, fresh_wrapped, None, mesh)
+
+
+def test_layout_in_a_checkpoint_is_the_layout_that_wrote_it(mesh):
+    """As JSON gives it back; in the same layout the random generators are restored, too."""
+    from boreal_megatron.train import checkpoint
+
+    config = config_for(tiny_model(), parallel=dict(pipeline=2, pipeline_layers=[2, 1]))
+    layout = checkpoint._layout(config, mesh)
+    assert layout["pipeline_layers"] == [2, 1]
+    assert json.loads(json.dumps(layout)) == layout
 
 
 def test_decay_starts_as_documented(mesh):

@@ -391,7 +391,8 @@ except BorealError as error:
 
 @pytest.fixture(scope="session")
 def long_input(tmp_path_factory):
-    return jsonl(tmp_path_factory.mktemp("long") / "in.jsonl", [f"{n} {SOURCE}" for n in range(600)])
+    """Seconds of work, so that no run is over before a busy machine gets round to stopping it."""
+    return jsonl(tmp_path_factory.mktemp("long") / "in.jsonl", [f"{n} {SOURCE}" for n in range(5000)])
 
 
 def start(folder, source, out, limit=0):
