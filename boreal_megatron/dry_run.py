@@ -13,6 +13,7 @@ at: values, activations, speed, and the machines.
 """
 
 import time
+import traceback
 from collections import defaultdict
 from math import prod
 from typing import NamedTuple
@@ -102,15 +103,16 @@ def dry_run(config, world, progress=lambda done, total: None):
         progress: called with (built, all) classes.
 
     Returns:
-        dict for JSON: `world`, `classes`, `tensors`, `parameters` (with MTP, a tied embedding once), `distributed`,
-        `seconds`, and for each pipeline stage in `stages` {"layers": a string per virtual stage, and [least, most] over
-        its ranks of "parameters", "weight_bytes", "gradient_bytes" and "state_bytes"}. The optimizer's state is FP32:
-        two moments, and a master copy of weights that are not FP32.
+        dict for JSON: `world`, `classes`, `tensors`, `parameters` (with MTP, a tied embedding once), `padding` (of the
+        vocabulary, besides), `distributed`, `seconds`, and for each pipeline stage in `stages` {"layers": a string per
+        virtual stage, and [least, most] over its ranks of "parameters", "weight_bytes", "gradient_bytes" and
+        "state_bytes", padding included}. The optimizer's state is FP32: two moments, and a master copy of weights that
+        are not FP32.
 
     Raises:
         ProblemsError: of the configuration; or a class that is not built, a hole, an overlap, a wrong name or count.
     """
-    began = time.perf_counter()
+    began, counts = time.perf_counter(), params.count(config.model)
     check(config, world)
     platform.imagine()
     alone = config.model_copy(update={"parallel": Parallel()})
@@ -126,7 +128,7 @@ def dry_run(config, world, progress=lambda done, total: None):
     for seats in classes.values():
         built.append(_build(config, world, seats))
         progress(len(built), len(classes))
-    problems = _problems(config, whole, built)
+    problems = _problems(config, counts, whole, built)
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise ProblemsError(f"dry run of {world} ranks", problems[:SHOWN] + more)
@@ -134,7 +136,8 @@ def dry_run(config, world, progress=lambda done, total: None):
         "world": world,
         "classes": len(classes),
         "tensors": len(whole),
-        "parameters": params.count(config.model)["with_mtp"],
+        "parameters": counts["with_mtp"],
+        "padding": counts["padding"],
         "distributed": config.optimizer.distributed,
         "stages": [_stage([b for b in built if b.seat.pipeline == s]) for s in range(config.parallel.pipeline)],
         "seconds": round(time.perf_counter() - began, 1),
@@ -152,7 +155,8 @@ def table(found):
     how = "sharded over data-parallel ranks" if found["distributed"] else "whole on each: optimizer.distributed=false"
     rows.append(f"(per rank, least-most; the optimizer's state is {how})")
     rows.append(f"{found['world']} ranks: {found['classes']} classes built in {found['seconds']} s")
-    rows.append(f"{found['tensors']} tensors, {found['parameters']:,} parameters: every element once")
+    padding = f" and {found['padding']:,} zeros that pad the vocabulary" if found["padding"] else ""
+    rows.append(f"{found['tensors']} tensors, {found['parameters']:,} parameters{padding}: every element once")
     return "\n".join(rows)
 
 
@@ -184,8 +188,10 @@ def _build(config, world, seats):
         weight_bytes = sum(p.nbytes for p in names)
         wrapped = optim.wrap(config, chunks)
     except Exception as error:  # whatever megatron-core or the network says: whether it is built is the question
-        where = f"rank {rank} ({_named(seat, Seat._fields)})"
-        raise ProblemsError("dry run", [f"{where} is not built: {type(error).__name__}: {error}"]) from error
+        who = f"rank {rank} ({_named(seat, Seat._fields)})"
+        *_, line = traceback.extract_tb(error.__traceback__)  # many assertions of megatron-core's have no other text
+        where = f"{line.filename}:{line.lineno}"
+        raise ProblemsError("dry run", [f"{who} is not built: {type(error).__name__} at {where}: {error}"]) from error
     whole, owned, state_bytes = _optimizer_state(config, wrapped, names, seats)
     parallel.stop()
     _, mtp = expand(config.model.pattern)
@@ -252,7 +258,7 @@ def _pieces(chunks, mesh):
     ]
 
 
-def _problems(config, whole, built):
+def _problems(config, counts, whole, built):
     pieces = [piece for b in built for piece in b.pieces]
     found = tiling(pieces, whole)
     for b in built:
@@ -262,9 +268,9 @@ def _problems(config, whole, built):
             for where, n in has.items()
             if n != b.parameters
         )
-    total, planned = _elements(p for p in pieces if not any(p.replica)), params.count(config.model)["with_mtp"]
+    total, planned = _elements(p for p in pieces if not any(p.replica)), counts["with_mtp"] + counts["padding"]
     if total != planned:
-        found.append(f"all ranks together have {total:,} parameters; `boreal plan params` says {planned:,}")
+        found.append(f"all ranks together have {total:,} parameters; `boreal plan params` says {planned:,} with padding")
     if config.optimizer.distributed:
         found += tiling([piece for b in built for piece in b.owned], {k: s for b in built for k, s in b.whole.items()})
     return found

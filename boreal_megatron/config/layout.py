@@ -1,6 +1,21 @@
-"""How a network is cut into pipeline stages. No torch: planners and checks use it too."""
+"""How a network is cut into pipeline stages and its vocabulary into rows. No torch: planners and checks use it too."""
 
 from boreal_megatron.config.pattern import expand
+
+VOCABULARY_BLOCK = 128  # rows that tile tensor cores; the same in every layout, as a checkpoint's shapes have to be
+
+
+def padded_vocab(model):
+    """Rows of the embedding and of the output matrix: `vocab_size` rounded up to a multiple of 128.
+
+    Rows vocab_size.. are padding: zero, of no token, and without a part in the softmax. model: `schema.Model`.
+    """
+    return padded(model.vocab_size)
+
+
+def padded(rows):
+    """The multiple of 128 from so many rows on."""
+    return -(-rows // VOCABULARY_BLOCK) * VOCABULARY_BLOCK
 
 
 def stages(layers, parallel):

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from math import gcd, isqrt, lcm, prod
 from typing import NamedTuple
 
-from boreal_megatron.config.layout import nearest_split
-
-VOCABULARY_MULTIPLE = 128  # rows that tile tensor cores and every tensor-parallel size
+from boreal_megatron.config.layout import nearest_split, padded
 
 TENSOR, SEQUENCE_PARALLEL = "parallel.tensor", "parallel.sequence_parallel"
 PIPELINE, VIRTUAL, SPLIT = "parallel.pipeline", "parallel.virtual_pipeline", "parallel.pipeline_layers"
@@ -20,26 +18,26 @@ CONTEXT, DELTANET = "parallel.context", "parallel.context_deltanet"
 EXPERT, EXPERT_TENSOR = "parallel.expert", "parallel.expert_tensor"
 KV_HEADS, KEY_HEADS, EXPERTS = "model.attention.kv_heads", "model.gdn.key_heads", "model.moe.experts"
 CUT_BY_MODEL = (TENSOR, PIPELINE, CONTEXT)
+# What is looked up like a field without being one, under the name that messages use.
+LETTERS, LAYERS, PHASES = "letters of model.pattern", "layers of model.pattern", "number of phases"
+DATA, TAPS, ROWS = "data parallel size", "(model.gdn.conv_width - 1)", "padded model.vocab_size"
+ENTRIES, SUM, EMPTY = (f"{what} of {SPLIT}" for what in ("entries", "sum", "empty stages between the first and last"))
+DERIVED = {
+    DATA: lambda v: _data(v["world"] if "world" in v else 0, v.product(CUT_BY_MODEL)),
+    TAPS: lambda v: v["model.gdn.conv_width"] - 1,
+    ROWS: lambda v: padded(v["model.vocab_size"]),
+    ENTRIES: lambda v: len(v[SPLIT]),
+    SUM: lambda v: sum(v[SPLIT]),
+    EMPTY: lambda v: v[SPLIT][1:-1].count(0),
+}
 CUT_BY_TENSOR = (
     KV_HEADS,
     KEY_HEADS,
     "model.ffn_hidden_size",
     "model.hidden_size",
-    "model.vocab_size",
+    ROWS,
     "model.moe.shared_hidden_size",
 )
-
-# What is looked up like a field without being one, under the name that messages use.
-LETTERS, LAYERS, PHASES = "letters of model.pattern", "layers of model.pattern", "number of phases"
-DATA, TAPS = "data parallel size", "(model.gdn.conv_width - 1)"
-ENTRIES, SUM, EMPTY = (f"{what} of {SPLIT}" for what in ("entries", "sum", "empty stages between the first and last"))
-DERIVED = {
-    DATA: lambda v: _data(v["world"] if "world" in v else 0, v.product(CUT_BY_MODEL)),
-    TAPS: lambda v: v["model.gdn.conv_width"] - 1,
-    ENTRIES: lambda v: len(v[SPLIT]),
-    SUM: lambda v: sum(v[SPLIT]),
-    EMPTY: lambda v: v[SPLIT][1:-1].count(0),
-}
 
 # What is said where the relation does not hold.
 MULTIPLE, AT_MOST, EQUAL = "is not a multiple of", "exceeds", "must be"
@@ -74,7 +72,6 @@ def table(phases):
 def _model():
     yield _divides(KV_HEADS, "model.attention.heads")
     yield _divides(KEY_HEADS, "model.gdn.value_heads")
-    yield Rule("model.vocab_size", ("model.vocab_size",), MULTIPLE, (VOCABULARY_MULTIPLE,))
     yield Rule("model.moe.top_k", ("model.moe.top_k",), AT_MOST, (EXPERTS,))
 
 
@@ -158,7 +155,6 @@ CANDIDATES = {
     EXPERT_TENSOR: lambda v, at: divisors(v.get("model.moe.expert_hidden_size", 1)),
     KV_HEADS: lambda v, at: divisors(v["model.attention.heads"]),
     KEY_HEADS: lambda v, at: divisors(v["model.gdn.value_heads"]),
-    "model.vocab_size": lambda v, at: around(v["model.vocab_size"], lcm(VOCABULARY_MULTIPLE, v[TENSOR]))[-1:],
     "model.moe.top_k": lambda v, at: range(1, v[EXPERTS] + 1),
     "phases.*.sequence": lambda v, at: divisors(v[f"{at}.positions_per_step"]),
     "phases.*.positions_per_step": lambda v, at: around(v[f"{at}.positions_per_step"], _group(v, at)),

@@ -110,10 +110,9 @@ def check_tokenizer(config):
     tokenizer = Tokenizer.load(config.data.tokenizer)
     rows, size = config.model.vocab_size, tokenizer.vocab_size
     if not size <= rows <= size + SPARE_ROWS:
-        up = -(-size // 128) * 128
         raise BorealError(
             f"data.tokenizer={config.data.tokenizer} has {size} entries, model.vocab_size is {rows}; expected {size} "
-            f"to {size + SPARE_ROWS}: set model.vocab_size={up}, or name the tokenizer that the network is for"
+            f"to {size + SPARE_ROWS}: set model.vocab_size={size}, or name the tokenizer that the network is for"
         )
 
 

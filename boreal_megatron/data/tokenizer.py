@@ -150,7 +150,7 @@ class Tokenizer:
             ) from None
         try:
             backend = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises bare Exception
+        except ValueError as error:
             raise BorealError(
                 f"{path}: not a tokenizer: {error}. Expected: the Hugging Face tokenizer.json format. "
                 "Copy the file again, or train a new one with `boreal data train-tokenizer`."

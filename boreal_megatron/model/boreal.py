@@ -5,7 +5,7 @@ k bag, b = 1 packed row, s positions of this context-parallel rank, h hidden; s/
 
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-from boreal_megatron.config.layout import stage_pattern
+from boreal_megatron.config.layout import padded_vocab, stage_pattern
 from boreal_megatron.model import head, rope
 from boreal_megatron.model.config import transformer_config
 from boreal_megatron.model.embedding import BagEmbedding
@@ -28,7 +28,7 @@ class BorealModel(HybridModel):
         super().__init__(
             config=settings,
             hybrid_stack_spec=stack_spec(config.model, config.parallel.context_deltanet),
-            vocab_size=config.model.vocab_size,
+            vocab_size=padded_vocab(config.model),
             max_sequence_length=config.model.max_positions,
             hybrid_layer_pattern=stage_pattern(config.model.pattern, config.parallel),
             pre_process=pipeline.rank() == 0 and number == 0,
@@ -73,10 +73,10 @@ class BorealModel(HybridModel):
         return head.Losses.pack(main, mtp)
 
     def logits(self, batch):
-        """Logits of a single-process model, [s, v]."""
+        """Logits of a single-process model, [s, vocab_size]."""
         hidden, _ = self._decode(batch)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden, weight=weight)[0][:, 0]
+        return self.output_layer(hidden, weight=weight)[0][:, 0, : self.description.vocab_size]
 
     def _decode(self, batch):
         """Embedding and stack; also what the MTP block needs again."""
@@ -89,7 +89,8 @@ class BorealModel(HybridModel):
         return self.decoder(hidden_states=hidden, attention_mask=None, **common), common
 
     def _loss(self, weight, hidden, labels, label_weight):
-        return head.multi_hot_loss(self.output_layer, weight, hidden, labels, label_weight, self.pg_collection.tp)
+        vocab_size, group = self.description.vocab_size, self.pg_collection.tp
+        return head.multi_hot_loss(self.output_layer, weight, hidden, labels, label_weight, vocab_size, group)
 
 
 def build(config, mesh):

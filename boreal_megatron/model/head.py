@@ -11,7 +11,7 @@ import torch
 from boreal_kernels import multi_hot_cross_entropy
 
 
-def multi_hot_loss(output_layer, weight, hidden, labels, label_weight, tp_group):
+def multi_hot_loss(output_layer, weight, hidden, labels, label_weight, vocab_size, tp_group):
     """Mean over each position's k targets of the cross-entropy: logsumexp minus the mean target logit
     (arXiv 2605.06546).
 
@@ -19,12 +19,17 @@ def multi_hot_loss(output_layer, weight, hidden, labels, label_weight, tp_group)
         output_layer: the column-parallel head; `weight` its weight when tied, else None.
         hidden: [s/sp, 1, h].
         labels: [k, 1, s] int64. label_weight: [k, 1, s] FP32, 1/k on a valid target slot and 0 elsewhere.
+        vocab_size: rows of the head from there on are padding.
 
     Returns:
         (loss_sum, weight_sum), FP32 scalars in units of target slots.
     """
     k, b, s = labels.shape
     logits, _ = output_layer(hidden, weight=weight)  # [s, 1, v/tp]
+    columns = logits.shape[-1]
+    tokens = max(0, vocab_size - tp_group.rank() * columns)  # of this rank's columns; none, where all are padding
+    if tokens < columns:
+        logits[..., tokens:] = -torch.inf  # no probability, and so no gradient: padding rows stay zero
     loss, count = multi_hot_cross_entropy(
         logits.reshape(b * s, -1), labels.reshape(k, b * s), label_weight.reshape(k, b * s), tp_group=tp_group
     )

@@ -13,6 +13,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 # Linears that write into the residual stream: their deviation shrinks with depth.
 RESIDUAL = ("linear_proj.weight", "out_proj.weight", "linear_fc2.weight")
+# Matrices with a row for each token, and zero rows behind them (`config.layout.padded_vocab`).
+VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
 
 @torch.no_grad()
@@ -36,6 +38,8 @@ def initialise(model, seed, mesh):
             int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
         )
         full = draw(shard.key, shape, std, depth, generator)
+        if shard.key.endswith(VOCABULARY):
+            full[model.description.vocab_size :] = 0.0
         window = tuple(
             slice(start, start + size) for start, size in zip(shard.global_offset[axes:], shard.data.shape)
         )

@@ -1,9 +1,10 @@
 """Exact parameter counts from the description alone; the built model has the same (tests compare them).
 
 Counts follow the model cards' convention: the MTP head is listed apart, tied embeddings count once, and the router's
-balancing bias, which no gradient moves, is a buffer and not counted.
+balancing bias, which no gradient moves, is a buffer and not counted. Nor are the rows that pad the vocabulary.
 """
 
+from boreal_megatron.config.layout import padded_vocab
 from boreal_megatron.config.pattern import expand
 from boreal_megatron.config.presets import CARDS
 
@@ -16,7 +17,8 @@ def count(model):
 
     Returns:
         dict: `components` (name -> {"blocks", "each", "total", "active"}), `mtp`, and the totals `total` (embedding and
-        head as tied or not, without MTP), `non_embedding`, `active`, `active_non_embedding`, `with_mtp`.
+        head as tied or not, without MTP), `non_embedding`, `active`, `active_non_embedding`, `with_mtp`. Held besides:
+        `padding_rows` of each vocabulary matrix, `padding` elements in all.
     """
     main, mtp = expand(model.pattern)
     h, vocab = model.hidden_size, model.vocab_size
@@ -33,7 +35,9 @@ def count(model):
     components["embedding"] = _flat(1, vocab * h)
     if not model.tie_embeddings:
         components["head"] = _flat(1, vocab * h)
-    outside = vocab * h * (1 if model.tie_embeddings else 2)
+    matrices = 1 if model.tie_embeddings else 2
+    outside = vocab * h * matrices
+    padding_rows = padded_vocab(model) - vocab
     mtp_total = 0
     if mtp:
         mtp_total = sum(block(model, letter)[0] + h for letter in mtp) + 2 * h * h + 3 * h
@@ -46,6 +50,8 @@ def count(model):
         "active_non_embedding": body["active"],
         "mtp": mtp_total,
         "with_mtp": body["total"] + outside + mtp_total,
+        "padding_rows": padding_rows,
+        "padding": padding_rows * h * matrices,
     }
 
 
@@ -94,6 +100,8 @@ def table(counts):
         "mtp": "MTP head",
         "with_mtp": "total with MTP head",
     }
+    if counts["padding_rows"]:
+        names["padding"] = f"not counted: {counts['padding_rows']} zero rows"
     return "\n".join(rows + [""] + [f"{text:<32}{counts[key]:>18,}" for key, text in names.items()])
 
 

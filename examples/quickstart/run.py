@@ -23,6 +23,7 @@ sys.path.insert(0, str(HERE))
 from collect_text import collect  # noqa: E402
 
 from boreal_megatron.data.indexed import IndexedReader, IndexedWriter  # noqa: E402
+from boreal_megatron.data.tokenizer import Tokenizer  # noqa: E402
 from boreal_megatron.errors import BorealError  # noqa: E402
 
 VOCABULARY = 8192
@@ -73,7 +74,7 @@ def run(args):
         f"data.sources.text={prefix['train']}",
         f"data.validation={prefix['valid']}",
         f"checkpoint.folder={out / 'checkpoints'}",
-        f"model.vocab_size={vocabulary_rows(tokenizer)}",
+        f"model.vocab_size={Tokenizer.load(tokenizer).vocab_size}",
         *args.set,
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES]
@@ -125,13 +126,6 @@ def same_request(out, args):
         )
     out.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(request) + "\n")
-
-
-def vocabulary_rows(tokenizer):
-    """The embedding's rows for a tokenizer: its size, rounded up to a multiple of 128."""
-    from boreal_megatron.data.tokenizer import Tokenizer
-
-    return -(-Tokenizer.load(tokenizer).vocab_size // 128) * 128
 
 
 def shuffled(data, out):

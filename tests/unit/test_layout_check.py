@@ -8,7 +8,7 @@ import time
 
 import pytest
 from boreal_megatron.config.check import data_size, problems
-from boreal_megatron.config.layout import nearest_split, stage_pattern, stages
+from boreal_megatron.config.layout import nearest_split, padded_vocab, stage_pattern, stages
 from boreal_megatron.config.load import load
 from boreal_megatron.config.pattern import expand
 from boreal_megatron.config.schema import Parallel
@@ -48,14 +48,16 @@ RULES = [
     ("heads that tensor must divide", dict(model__gdn__key_heads=3) | parallel(tensor=2, sequence_parallel=True), 2,
      "model.gdn.key_heads=3 does not divide model.gdn.value_heads=8, is not a multiple of parallel.tensor=2; "
      "nearest: 2, 4, 8"),
-    ("vocabulary", dict(model__vocab_size=200), 1, "model.vocab_size=200 is not a multiple of 128; nearest: 256"),
     ("top_k", dict(model__moe__top_k=9), 1, "model.moe.top_k=9 exceeds model.moe.experts=8; nearest: 6, 7, 8"),
     ("tensor", parallel(tensor=3) | dict(model__pattern=DENSE), None,
      "parallel.tensor=3 does not divide model.attention.kv_heads=2, model.gdn.key_heads=4, model.hidden_size=64, "
-     "model.vocab_size=256, model.moe.shared_hidden_size=32; nearest: 1, 2"),
+     "padded model.vocab_size=256, model.moe.shared_hidden_size=32; nearest: 1, 2"),
     ("tensor and everything else", parallel(tensor=3, sequence_parallel=True), 4,
      "parallel.tensor=3 does not divide model.attention.kv_heads=2, model.gdn.key_heads=4, model.hidden_size=64, "
-     f"model.vocab_size=256, model.moe.shared_hidden_size=32, {ROW}=64, world=4; nearest: 2"),
+     f"padded model.vocab_size=256, model.moe.shared_hidden_size=32, {ROW}=64, world=4; nearest: 2"),
+    ("tensor and an odd vocabulary", parallel(tensor=3) | dict(model__pattern=DENSE, model__vocab_size=385), None,
+     "parallel.tensor=3 does not divide model.attention.kv_heads=2, model.gdn.key_heads=4, model.hidden_size=64, "
+     "padded model.vocab_size=512, model.moe.shared_hidden_size=32; nearest: 1, 2"),
     ("MoE without sequence parallelism", parallel(tensor=2), 2,
      "parallel.sequence_parallel=false must be true with MoE blocks and parallel.tensor > 1; nearest: true"),
     ("sequence parallelism alone", parallel(sequence_parallel=True), 1,
@@ -137,17 +139,27 @@ def test_everything_at_once():
     wrong = dict(
         parallel(tensor=3, pipeline=7, expert=3, pipeline_layers=[3, 4]),
         phases__0__sequence=70,
-        model__vocab_size=200,
         model__moe__top_k=9,
     )
     config, world = config_of(**wrong), 7
     found = problems(config, world)
     assert {field(line) for line in found} == {
-        "model.vocab_size", "model.moe.top_k", "parallel.tensor", "parallel.expert", "parallel.pipeline",
+        "model.moe.top_k", "parallel.tensor", "parallel.expert", "parallel.pipeline",
         "parallel.pipeline_layers", "phases.0.sequence", "world",
     }  # fmt: skip
     config, world = mended(config, world, found)
     assert problems(config, world) == []
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 255, 641, 151_669])
+def test_any_vocabulary_is_cut_by_any_power_of_two(vocabulary):
+    """Up to 128; the rows do not depend on the layout."""
+    config = config_of(model__vocab_size=vocabulary, model__attention__heads=8, model__attention__kv_heads=8)
+    config = changed(config, {"model.gdn.key_heads": 8, "model.gdn.value_heads": 8})
+    assert 0 <= padded_vocab(config.model) - vocabulary < 128 and padded_vocab(config.model) % 128 == 0
+    for tensor in (2, 4, 8):
+        cut = {"parallel.tensor": tensor, "parallel.sequence_parallel": True}
+        assert problems(changed(config, cut), tensor) == []
 
 
 def test_a_phase_of_several():
@@ -223,7 +235,8 @@ def runs(config, world):
     model, cut, (main, mtp) = config.model, config.parallel, expand(config.model.pattern)
     tensor, pipeline, virtual, context = cut.tensor, cut.pipeline, cut.virtual_pipeline, cut.context
     moe, letters, layers = model.moe, main + mtp, len(main) // 2
-    whole = [model.attention.kv_heads, model.gdn.key_heads, model.ffn_hidden_size, model.hidden_size, model.vocab_size]
+    vocabulary = -(-model.vocab_size // 128) * 128
+    whole = [model.attention.kv_heads, model.gdn.key_heads, model.ffn_hidden_size, model.hidden_size, vocabulary]
     ok = all(size % tensor == 0 for size in whole + ([moe.shared_hidden_size] if moe else []))
     ok &= not cut.sequence_parallel or tensor > 1
     if "E" in letters:

@@ -8,11 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from boreal_megatron import parallel
+from boreal_megatron.config.schema import Parallel
 from boreal_megatron.data import batch
-from boreal_megatron.errors import BorealError
 from boreal_megatron.model import boreal, head, router
 from boreal_megatron.train import optim
 from boreal_megatron.train.step import forward_backward, means
+from tests.support.checkpoints import save
 from tests.support.configs import config_for, tiny_model
 from torch.overrides import TorchFunctionMode
 
@@ -31,8 +35,8 @@ def windows(count, bag, positions, seed, vocab=256, documents=(0.4,)):
     return out
 
 
-def make(count=2, bag=1, positions=64, seed=0, boundaries="align"):
-    return batch.make(windows(count, bag, positions, seed), boundaries=boundaries, device="cpu")
+def make(count=2, bag=1, positions=64, seed=0, boundaries="align", vocab=256):
+    return batch.make(windows(count, bag, positions, seed, vocab), boundaries=boundaries, device="cpu")
 
 
 def build(mesh, model=None, **changes):
@@ -90,7 +94,9 @@ def test_bag_of_one_loss_and_gradient_equal_megatrons_cross_entropy(mesh):
     for ours in (True, False):
         x = hidden.clone().requires_grad_()
         if ours:
-            total, count = head.multi_hot_loss(model.output_layer, weight, x, b.labels, b.label_weight, mesh.groups.tp)
+            total, count = head.multi_hot_loss(
+                model.output_layer, weight, x, b.labels, b.label_weight, model.description.vocab_size, mesh.groups.tp
+            )
             loss = total / count
         else:
             logits, _ = model.output_layer(x, weight=weight)
@@ -184,13 +190,110 @@ def test_no_host_reads_in_the_network(bag, mesh):
     assert reads.seen == ["tolist"]
 
 
+# ---------------------------------------------------------------- vocabulary padding
+
+MATRICES = ("word_embeddings.weight", "output_layer.weight")
+
+
+def padded_steps(mesh, vocab, bag, tied, steps=1, precision="fp32", **layout):
+    """Of a network with an odd vocabulary after optimizer steps with decay on every matrix: the losses of each step,
+    and by name this rank's rows of the vocabulary matrices and of their last gradients."""
+    model = tiny_model(vocab_size=vocab, tie_embeddings=tied)
+    config = config_for(model, precision=precision, parallel=layout)
+    [model] = boreal.build(config, mesh)
+    wrapped = optim.wrap(config, [model])
+    optimizer = optim.build(config, wrapped)
+    losses = []
+    for step in range(steps):
+        b = make(bag=bag, seed=step, vocab=vocab)
+        losses.append(forward_backward(config, wrapped, mesh, config.phases[0], [b])[0])
+        matrices = {n: p for n, p in model.named_parameters() if n.endswith(MATRICES)}
+        gradients = {name: p.main_grad.clone() for name, p in matrices.items()}
+        optim.set_learning_rate(optimizer, 1e-2, 0.1)
+        for part in optim.parts(optimizer):
+            for group in part.optimizer.param_groups:
+                group["weight_decay"] = 0.1
+        optim.update(optimizer, optim.gradient_norm(optimizer), 1.0)
+    return torch.stack(losses), {name: p.detach() for name, p in matrices.items()}, gradients
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bag, precision", [(1, "fp32"), (4, "fp32"), (4, "bf16")])
+def test_padding_rows_are_zero_and_stay_zero(tied, bag, precision, mesh):
+    """200 tokens in 256 rows, three steps: no bit of a padding row moves, and every other row does."""
+    _, start = build(mesh, tiny_model(vocab_size=200, tie_embeddings=tied), precision=precision)
+    before = {name: p for name, p in start.named_parameters() if name.endswith(MATRICES)}
+    _, after, gradients = padded_steps(mesh, 200, bag, tied, steps=3, precision=precision)
+    assert before.keys() == after.keys() == gradients.keys() and len(after) == 2 - tied
+    for name, weight in after.items():
+        assert weight.shape == (256, 64)
+        for values in (before[name][200:], weight[200:], gradients[name][200:]):
+            assert not values.any()
+        assert (weight[:200] != before[name][:200]).any(dim=1).all()
+        if tied or name == "output_layer.weight":  # an embedding alone has gradients for the ids of the batch only
+            assert gradients[name][:200].any(dim=1).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_is_over_the_tokens_only(tied, mesh):
+    """fp32: main and MTP loss, and the gradient of the hidden states, are those of a head without padding rows; the
+    zero logits of 56 more rows would move the loss by 0.2."""
+    _, model = build(mesh, tiny_model(vocab_size=200, tie_embeddings=tied))
+    b = make(bag=4, vocab=200)
+    with torch.no_grad():
+        packed, logits = model(b), model.logits(b)
+    assert logits.shape == (128, 200)
+    weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    torch.manual_seed(0)
+    hidden, found = torch.randn(b.labels.shape[-1], 1, 64), []
+    for rows in (weight, weight[:200]):
+
+        def layer(x, weight=None, rows=rows):
+            return x @ rows.T, None
+
+        x = hidden.clone().requires_grad_()
+        total, count = head.multi_hot_loss(layer, None, x, b.labels, b.label_weight, 200, mesh.groups.tp)
+        (total / count).backward()
+        found.append((total / count, x.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
+    logp = logits.log_softmax(-1)
+    expected = -(logp.gather(1, b.labels[:, 0].T).T * b.label_weight[:, 0]).sum() / b.label_weight.sum()
+    assert float(packed[0] / packed[1]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(packed[2] / packed[3]) == pytest.approx(math.log(200), abs=0.1)
+
+
+def tensor_rank(rank, folder):
+    """One of two tensor-parallel ranks with sequence parallelism."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    layout = dict(tensor=2, sequence_parallel=True)
+    mesh = parallel.start(Parallel(**layout), seed=1)
+    torch.save(padded_steps(mesh, 60, 4, tied=False, steps=2, **layout), f"{folder}/{rank}.pt")
+    parallel.stop()
+
+
+def test_a_tensor_parallel_rank_may_hold_padding_only(mesh, tmp_path):
+    """60 tokens in 128 rows: the second rank has rows 64 to 127. fp32: both losses of two steps to 1e-5, and the last
+    gradients and weights of both vocabulary matrices, by the norm of the difference, to 1e-4, equal one rank's."""
+    torch.multiprocessing.spawn(tensor_rank, (str(tmp_path),), nprocs=2)
+    losses, weights, gradients = padded_steps(mesh, 60, 4, tied=False, steps=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for rank_losses, rank_weights, rank_gradients in ranks:
+        torch.testing.assert_close(rank_losses, losses, rtol=1e-5, atol=0)
+        assert {len(x) for x in (*rank_weights.values(), *rank_gradients.values())} == {64}
+    for mine, kind in ((weights, 1), (gradients, 2)):
+        for name, expected in mine.items():
+            found = torch.cat([rank[kind][name] for rank in ranks])
+            assert float((found - expected).norm() / expected.norm()) < 1e-4, name
+            assert not found[60:].any()
+
+
 # ---------------------------------------------------------------- precision
 
 
 def test_fp32_parameters_stay_fp32_under_bf16(mesh, tmp_path):
     """After the build, a step, a save and a load; and their master copies are not bf16 numbers in disguise."""
     from boreal_megatron.train import checkpoint
-    from boreal_megatron.train.state import State
 
     config = config_for(tiny_model(), precision="bf16")
     model, wrapped, optimizer, _ = trained_step(config, mesh)
@@ -206,14 +309,11 @@ def test_fp32_parameters_stay_fp32_under_bf16(mesh, tmp_path):
         return a_log.clone()
 
     before = check(model)
-    path = checkpoint.save(tmp_path, config, wrapped, optimizer, State(), mesh)
+    path = save(tmp_path, config, wrapped, optimizer, mesh)
     [fresh] = boreal.build(config.model_copy(update={"seed": 7}), mesh)
     fresh_wrapped = optim.wrap(config, [fresh])
     checkpoint.load(path, config, fresh_wrapped, optim.build(config, fresh_wrapped), mesh)
     assert torch.equal(check(fresh), before)
-    plain = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"distributed": False})})
-    with pytest.raises(BorealError, match="was written with optimizer.distributed=true"):
-        checkpoint.load(path, plain, fresh_wrapped, None, mesh)
 
 
 def test_layout_in_a_checkpoint_is_the_layout_that_wrote_it(mesh):
@@ -221,7 +321,7 @@ def test_layout_in_a_checkpoint_is_the_layout_that_wrote_it(mesh):
     from boreal_megatron.train import checkpoint
 
     config = config_for(tiny_model(), parallel=dict(pipeline=2, pipeline_layers=[2, 1]))
-    layout = checkpoint._layout(config, mesh)
+    layout = checkpoint.layout(config, mesh)
     assert layout["pipeline_layers"] == [2, 1]
     assert json.loads(json.dumps(layout)) == layout
 

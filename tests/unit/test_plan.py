@@ -32,23 +32,34 @@ def test_published_counts(name, tied, untied, active_non_embedding):
     assert params.count(model_of(name, tie_embeddings=False))["total"] == untied
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name, changes", [*((name, {}) for name in PRESETS), ("tiny", {"vocab_size": 641})])
 @pytest.mark.parametrize("tied", [True, False])
-def test_built_model_has_the_planned_parameters(name, tied, mesh, monkeypatch):
+def test_built_model_has_the_planned_parameters(name, changes, tied, mesh, monkeypatch):
     from boreal_megatron.model.boreal import BorealModel
     from boreal_megatron.model.config import transformer_config
 
-    model = model_of(name, tie_embeddings=tied)
+    model = model_of(name, tie_embeddings=tied, **changes)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
     with torch.device("meta"):
         config = config_for(model)
         built = BorealModel(config, transformer_config(config), mesh, 0)
     counts = params.count(model)
     assert {p.device.type for p in built.parameters()} == {"meta"}
-    assert sum(p.numel() for p in built.parameters()) == counts["with_mtp"]
+    assert sum(p.numel() for p in built.parameters()) == counts["with_mtp"] + counts["padding"]
     assert sum(p.numel() for p in built.mtp.parameters()) == counts["mtp"]
     attention = built.decoder.layers[0].self_attention
     assert sum(p.numel() for p in attention.parameters()) == counts["components"]["attention"]["each"]
+
+
+def test_padding_of_the_vocabulary_is_told_and_not_counted():
+    """641 tokens: 768 rows, in one matrix or in two."""
+    for tied, matrices in ((True, 1), (False, 2)):
+        counts = params.count(model_of("tiny", vocab_size=641, tie_embeddings=tied))
+        whole = params.count(model_of("tiny", vocab_size=640, tie_embeddings=tied))
+        assert counts["with_mtp"] - whole["with_mtp"] == matrices * 128
+        assert (counts["padding_rows"], counts["padding"]) == (127, matrices * 127 * 128)
+        assert (whole["padding_rows"], whole["padding"]) == (0, 0)
+        assert "127 zero rows" in params.table(counts) and "zero rows" not in params.table(whole)
 
 
 def test_command_prints_counts_without_torch():
