@@ -112,7 +112,7 @@ def quiet():
     """Leave out what megatron-core says about optional packages that are not installed; errors still show."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch)\.")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch|boreal_megatron\.platform)\.")
     warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor")
     # The process that a save starts imports megatron-core anew and takes its filters from the environment.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")

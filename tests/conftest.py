@@ -1,5 +1,6 @@
 """What many tests share: a small real corpus, a small configuration, the mesh of this one process, and launches."""
 
+import gc
 import os
 import sys
 import sysconfig
@@ -41,4 +42,6 @@ def mesh():
     from boreal_megatron.log import quiet
 
     quiet()
-    return parallel.start(Parallel(), seed=1)
+    gc.freeze()  # a save collects twice, and would walk all that was imported
+    yield parallel.start(Parallel(), seed=1)
+    gc.unfreeze()

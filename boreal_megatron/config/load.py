@@ -3,6 +3,7 @@
 `model.preset: NAME` puts a preset's values underneath whatever else `model` says.
 """
 
+import copy
 import difflib
 import re
 from pathlib import Path
@@ -38,15 +39,14 @@ def load(files, overrides=()):
     merged = {}
     for file in files:
         merged = merge(merged, _read(Path(file)))
+    return parse(merged, ", ".join(map(str, files)) or "configuration", overrides)
+
+
+def parse(values, where, overrides=()):
+    """A plain dict, and overrides of it, to a Config; the errors as `load`."""
+    values = copy.deepcopy(values)
     for override in overrides:
-        _assign(merged, override)
-    where = ", ".join(map(str, files)) or "configuration"
-    return parse(merged, where)
-
-
-def parse(values, where):
-    """A plain dict to a Config; the errors as `load`."""
-    values = dict(values)
+        _assign(values, override)
     if isinstance(values.get("model"), dict):
         values["model"] = resolve_preset(values["model"])
     return validate(schema.Config, values, where)

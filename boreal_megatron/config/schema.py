@@ -57,7 +57,8 @@ class MoE(Frozen):
 
 class Model(Frozen):
     """The network. `pattern` has one letter a half-block: `*` attention, `G` Gated DeltaNet, `-` dense SwiGLU,
-    `E` MoE; spaces are ignored, `8x(...)` repeats, and what follows `/` is the MTP head's block."""
+    `E` MoE; spaces are ignored, `8x(...)` repeats, and what follows `/` is the MTP head's block. `vocab_size` is what
+    the softmax is over; the matrices have `layout.padded_vocab` rows."""
 
     pattern: str
     vocab_size: Positive
@@ -179,8 +180,22 @@ class Data(Frozen):
 
 
 class Checkpoint(Frozen):
+    """`async_save` writes in the background; a step waits for the copy only. `keep_last` newest checkpoints stay (all
+    of them without it), and those of steps that `keep_every` divides. `fall_back` goes on from an earlier checkpoint
+    where the latest is damaged; without it a damaged one stops the run."""
+
     folder: str
     every_steps: Positive = 1000
+    async_save: bool = False
+    keep_last: Positive | None = None
+    keep_every: Positive | None = None
+    fall_back: bool = False
+
+    @model_validator(mode="after")
+    def _something_goes(self):
+        if self.keep_every and not self.keep_last:
+            raise ValueError("keep_every says what stays beside the keep_last newest; write keep_last as well")
+        return self
 
 
 class Evaluation(Frozen):

@@ -1,73 +1,267 @@
-"""Checkpoints: megatron-core's resharding `torch_dist` format in a folder that says what it is.
+"""Checkpoints of a run: megatron-core's resharding `torch_dist` format, saved and loaded on all ranks together.
 
-    FOLDER/latest_checkpointed_iteration.txt    the step of the last complete checkpoint
-    FOLDER/iter_0000100/                        shards, run_config.yaml, train_state.json, tokenizer/
-
-A checkpoint is written under a temporary name, flushed, and renamed; only then does the tracker move. So what is
-there under its own name is whole, and a failed save leaves the earlier one in place.
+What is in a checkpoint's folder, and when it counts as whole, is `store.py`'s.
 """
 
-import errno
-import json
-import os
-import shutil
-import signal
-from multiprocessing import resource_tracker
+import functools
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.strategies import async_utils, nvrx
 from torch.distributed.checkpoint.api import CheckpointException
 
-from boreal_megatron import platform
-from boreal_megatron.config import load as config_load
-from boreal_megatron.data.tokenizer import TOKENIZER_FILES
+from boreal_megatron import platform, safe
 from boreal_megatron.errors import BorealError, ProblemsError
+from boreal_megatron.model import boreal
 from boreal_megatron.plan import params
-from boreal_megatron.train import optim
+from boreal_megatron.train import optim, store
 from boreal_megatron.train.state import State
 
-TRACKER = "latest_checkpointed_iteration.txt"
 FAILURES = (Exception, CheckpointException)  # torch derives the second from BaseException
+MASTER = ("optimizer.state.param.", "optimizer.state.fp32_param.")  # with and without the distributed optimizer
 
 
-def save(folder, config, wrapped, optimizer, state, mesh):
-    """Write one checkpoint, on all ranks together.
+# ---------------------------------------------------------------- saving
+
+
+@dataclass
+class Saving:
+    """A save that was requested and is not verified yet."""
+
+    step: int
+    partial: Path
+    record: dict
+    began: float
+    waited: float = 0.0  # seconds that training stood still for it
+
+
+class Saver:
+    """Saves one checkpoint at a time, while training waits or (`checkpoint.async_save`) while it goes on.
+
+    In the background a fork of each rank, which sees the weights as they were when it was made, writes that rank's
+    shards; on a GPU they are copied to host memory first. A save that fails is reported and nothing else changes.
+
+    Attributes:
+        last_good: path of the last checkpoint that was verified, or None.
+    """
+
+    def __init__(self, config, mesh, report, last_good=None):
+        self.config, self.mesh, self.report, self.last_good = config, mesh, report, last_good
+        self.strategy, self.queue = _background() if config.checkpoint.async_save else ("mcore", None)
+        self.flying, self.failure = None, None
+
+    def save(self, wrapped, optimizer, state):
+        """Request a checkpoint of this very moment. Returns after the copy, or after it was verified."""
+        self.wait()
+        began, folder, step = time.perf_counter(), Path(self.config.checkpoint.folder), state.step
+        self.failure = None
+        self.report.say(f" checkpoint {store.name(step)}: requested")
+        record = {
+            "state": state.to_dict(),
+            "layout": layout(self.config, self.mesh),
+            "contents": "training",
+        }
+        # Weights, master weights and two moments, at most 4 bytes each.
+        needed = 16 * params.count(self.config.model)["with_mtp"]
+        self.flying = Saving(step, folder / f"{store.name(step)}.partial", record, began)
+        try:
+            _first_rank(store.begin, folder, step, needed)
+            request = dist_checkpointing.save(
+                _sharded(self.config, wrapped, optimizer, self.mesh),
+                str(self.flying.partial),
+                async_sharded_save=True,
+                async_strategy=self.strategy,
+            )
+            write = functools.partial(_write, request.async_fn, self.flying.partial, self.mesh.rank)
+            request = request._replace(async_fn=write)
+            request.add_finalize_fn(self._finish)
+            if self.queue is None:
+                request.execute_sync()
+            else:
+                self.queue.schedule_async_request(request)
+                self.flying.waited = time.perf_counter() - began
+        except FAILURES as error:  # whatever the writers died of, the checkpoint is not there
+            self._failed(error)
+
+    def poll(self):
+        """Finish the save under way if every rank has written its part. On all ranks, once a step."""
+        if self.flying and self.queue:
+            self._collect(blocking=False)
+
+    def wait(self):
+        """Let the save under way finish."""
+        if self.flying and self.queue:
+            self._collect(blocking=True)
+
+    def close(self):
+        """Wait, and insist on the last save.
+
+        Raises:
+            BorealError: it failed.
+        """
+        self.wait()
+        if self.failure:
+            raise BorealError(self.failure)
+
+    def _collect(self, blocking):
+        began = time.perf_counter()
+        flying = self.flying
+        try:
+            self.queue.maybe_finalize_async_calls(blocking=blocking)
+        except FAILURES as error:
+            self._failed(error)
+        flying.waited += time.perf_counter() - began
+
+    def _finish(self):
+        """The shards and megatron-core's own files are on disk: verify them, then move the tracker."""
+        flying = self.flying
+        wrote = [None] * self.mesh.world
+        mine = sum(f.stat().st_size for f in _shards(flying.partial, self.mesh.rank))
+        dist.all_gather_object(wrote, mine)
+        self.report.say(
+            f" checkpoint {store.name(flying.step)}: written, {sum(wrote) / 1e6:,.1f} MB of shards in "
+            f"{time.perf_counter() - flying.began:.1f} s"
+        )
+        writers = range(self.mesh.world)
+        self.last_good = _first_rank(store.finish, flying.partial, self.config, flying.record, writers)
+        self.flying = None
+        seconds = time.perf_counter() - flying.began
+        waited = flying.waited if self.queue else seconds
+        self.report.say(f" checkpoint {self.last_good}: verified")
+        self.report.record(
+            "checkpoint", flying.step, ok=True, seconds=seconds, waited_seconds=waited, shard_bytes=sum(wrote)
+        )
+        if self.mesh.rank == 0:
+            options = self.config.checkpoint
+            store.retire(options.folder, self.last_good, options.keep_last, options.keep_every)
+
+    def _failed(self, error):
+        step, self.flying = self.flying.step, None
+        if isinstance(error, CheckpointException):  # raised on all ranks; the first one knows why
+            why = ["; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())]
+            dist.broadcast_object_list(why)
+            error = why[0]
+        good = f"the last verified checkpoint is {self.last_good}" if self.last_good else "there is no verified checkpoint"
+        self.failure = f"checkpoint {store.name(step)} was not saved: {error}; {good}"
+        self.report.say(f" {self.failure}")
+        self.report.record("checkpoint", step, ok=False, error=str(error))
+
+
+def _background():
+    """megatron-core's name of the way to save in the background, and its queue."""
+    if platform.current().name == "cuda" and nvrx.is_nvrx_min_version() and nvrx.has_nvrx_async_support():
+        from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncCallsQueue
+
+        return "nvrx", AsyncCallsQueue()
+    return "mcore", async_utils.AsyncCallsQueue(persistent=False)
+
+
+def _write(write, partial, rank, *args, **kwargs):
+    """What the writer of a rank does: megatron-core's writing, then reading back."""
+    if write is not None:
+        write(*args, **kwargs)
+    store.read_back(partial, rank, _shards(partial, rank))
+
+
+def _shards(partial, rank):
+    return sorted(Path(partial).glob(f"__{rank}_*.distcp"))
+
+
+def _first_rank(function, *args):
+    """Call a function on rank 0; its result or its BorealError on every rank."""
+    said = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            said[0] = function(*args)
+        except BorealError as error:
+            said[1] = str(error)
+    dist.broadcast_object_list(said)
+    if said[1] is not None:
+        raise BorealError(said[1])
+    return said[0]
+
+
+# ---------------------------------------------------------------- loading
+
+
+def find(options, mesh):
+    """The checkpoint to go on from, after every rank has checked its share of the files.
+
+    Args:
+        options: `config.checkpoint`.
 
     Returns:
-        its path.
+        path, or None where there is no checkpoint yet; what is wrong with later ones that were passed over, a line each.
 
     Raises:
-        BorealError: no space, or the folder cannot be written; the last complete checkpoint stays the latest.
+        ProblemsError: the latest one is damaged, and `checkpoint.fall_back` does not allow an earlier one.
     """
-    folder = Path(folder)
-    final = folder / name(state.step)
-    partial = folder / (final.name + ".partial")
-    problem = None
-    if dist.get_rank() == 0:
-        problem = _prepare(config, folder, partial)
-    _agree(problem, folder)
-    try:
-        _start_manager()
-        dist_checkpointing.save(_sharded(config, wrapped, optimizer, mesh), str(partial))
-        problem = None
-    except FAILURES as error:  # whatever the writers died of, the checkpoint is not there
-        problem = f"writing {partial} failed: {error}"
-    _agree(problem, folder)
-    if dist.get_rank() == 0:
-        problem = _finish(config, state, mesh, folder, partial, final)
-    _agree(problem, folder)
-    return final
+    latest = _first_rank(_recovered, options.folder)
+    if latest is None:
+        return None, []
+    passed_over = []
+    for path in reversed([p for p in store.checkpoints(options.folder) if store.step_of(p) <= store.step_of(latest)]):
+        problems = [f"{path.name}: {problem}" for problem in damage(path, mesh)]
+        if not problems:
+            return path, passed_over
+        passed_over += problems
+        if not options.fall_back:
+            raise ProblemsError(
+                f"{path} is damaged; restore its files, or say checkpoint.fall_back=true to go on from the newest one "
+                "before it that is whole",
+                problems,
+            )
+    raise ProblemsError(f"no checkpoint in {options.folder} is whole", passed_over)
+
+
+def _recovered(folder):
+    store.recover(folder)
+    return store.latest(folder)
+
+
+def damage(path, mesh):
+    """`store.verify` by all ranks, each a share; the same list of problems on every rank."""
+    everyone = [None] * mesh.world
+    dist.all_gather_object(everyone, store.verify(path, (mesh.rank, mesh.world)))
+    return [problem for problems in everyone for problem in problems]
+
+
+def begin(config, mesh, loader, path):
+    """A network, its optimizer and the run's state: from a checkpoint, or from nothing where path is None.
+
+    Returns:
+        chunks, wrapped, optimizer, State.
+
+    Raises:
+        ProblemsError: as `load`, or the data is not the checkpoint's.
+    """
+    chunks = boreal.build(config, mesh)
+    wrapped = optim.wrap(config, chunks)
+    optimizer = optim.build(config, wrapped)
+    state = load(path, config, wrapped, optimizer, mesh) if path else State()
+    return chunks, wrapped, optimizer, state.continue_on(loader.fingerprints())
 
 
 def load(path, config, wrapped, optimizer, mesh):
-    """Bring weights, moments and generators back, in any layout that the checkpoint was or was not written in.
+    """Bring weights, moments and generators back, in any layout that the checkpoint was or was not written in, with or
+    without the distributed optimizer. Learning rate, betas and weight decay are the configuration's.
 
-    Generators come back when the layout is the same; in another one they keep the run's seeds.
+    Generators come back when the layout is the same; in another one they keep the run's seeds. From a checkpoint of
+    weights alone (`boreal import`) the optimizer starts anew.
+
+    Args:
+        path: what `find` returned.
 
     Returns:
         State.
@@ -75,134 +269,138 @@ def load(path, config, wrapped, optimizer, mesh):
     Raises:
         BorealError: not a checkpoint, or one of another model (every difference is listed).
     """
-    path = Path(path)
-    saved = describe(path)
-    check_same_model(path, saved["config"], config)
-    if saved["layout"]["distributed"] != config.optimizer.distributed:
-        raise BorealError(
-            f"{path} was written with optimizer.distributed={str(saved['layout']['distributed']).lower()}, which lays "
-            "moments out in another way; set it so to resume"
-        )
-    same_layout = saved["layout"] == _layout(config, mesh)
-    template = _sharded(config, wrapped, optimizer, mesh, is_loading=True, rng=same_layout)
-    values = _read(template, path)
+    saved = store.describe(path)
+    store.check_same_model(path, saved["config"], config)
+    whole = saved["contents"] == "training"
+    same_layout = whole and saved["layout"] == layout(config, mesh)
+    template = _sharded(config, wrapped, optimizer, mesh, is_loading=True)
+    stored = safe.read_metadata(path).state_dict_metadata
+    wanted = {"model": _stored_only(template["model"], stored)}
+    if whole:
+        wanted["moments"], slots = _moments(template["optimizer"], stored)
+    if same_layout:
+        wanted["rng"] = template["rng"]
+    values = _read(wanted, stored, path)
     for chunk, weights in zip(wrapped, values["model"], strict=True):
         chunk.module.load_state_dict(weights)
-    optimizer.load_state_dict(values["optimizer"])
-    optim.own_steps(optimizer)
+    state = State.from_dict(saved["state"])
+    if whole:
+        network = {_place(e.key, e): e.data for e in nested_values(template["model"]) if _is_tensor(e)}
+        sources = {"read": values["moments"], "network": network}
+        filled = dict_list_map_outplace(lambda s: sources[s.source][s.key] if isinstance(s, _Slot) else s, slots)
+        optim.load(optimizer, filled, state.step)
+    else:
+        optimizer.reload_model_params()
     if same_layout:
         platform.current().set_rng_state(values["rng"])
-    return State.from_dict(saved["state"])
+    return state
 
 
 def load_weights(path, config, model, mesh):
     """Weights only, into one unwrapped chunk."""
-    saved = describe(path)
-    check_same_model(path, saved["config"], config)
-    metadata = _metadata(config, mesh)
-    values = _read({"model": model.sharded_state_dict(metadata=metadata)}, path)
-    model.load_state_dict(values["model"])
+    saved = store.describe(path)
+    store.check_same_model(path, saved["config"], config)
+    stored = safe.read_metadata(path).state_dict_metadata
+    template = _stored_only(model.sharded_state_dict(metadata=_metadata(config, mesh)), stored)
+    model.load_state_dict(_read({"model": template}, stored, path)["model"])
 
 
-def latest(folder):
-    """Path of the last complete checkpoint under a folder, or None.
+def _is_tensor(entry):
+    return isinstance(entry, ShardedTensor | ShardedTensorFactory)
 
-    Raises:
-        BorealError: the tracker names a checkpoint that is not there.
+
+def _stored_only(template, stored):
+    """The template without objects that the checkpoint does not have: a layer that has nothing to say beside its
+    tensors, as all of megatron-core's own, or has not yet, as an imported FP8 one, keeps what it has."""
+
+    def kept(entry):
+        absent = isinstance(entry, ShardedObject) and entry.unique_key not in stored
+        return LocalNonpersistentObject(entry.data) if absent else entry
+
+    return dict_list_map_outplace(kept, template)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor goes in what the optimizer is given: from what is read, or from the network's own weights."""
+
+    source: str
+    key: object
+
+
+def _moments(template, stored):
+    """What to read for the optimizer, in the checkpoint's words, and its template with slots for tensors.
+
+    Moments have the same names in every layout. FP32 master weights are called `param` by the distributed optimizer,
+    `fp32_param` by the plain one, which has none for weights that are FP32 themselves. Hyperparameters are this run's.
     """
-    tracker = Path(folder) / TRACKER
-    if not tracker.exists():
-        return None
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise BorealError(f"{tracker} holds {text[:40]!r}; expected a step number. Write the step to resume from into it")
-    path = Path(folder) / name(int(text))
-    if not (path / "train_state.json").exists():
-        there = ", ".join(sorted(p.name for p in Path(folder).glob("iter_*") if p.suffix != ".partial")) or "none"
-        raise BorealError(
-            f"{tracker} names step {text}, but {path} is not a complete checkpoint; checkpoints there: {there}. "
-            "Write the step of one of them into the tracker, or remove the tracker to start anew"
-        )
-    return path
+    wanted = {}
+
+    def slot(entry):
+        if not _is_tensor(entry):
+            return entry.unwrap() if isinstance(entry, LocalNonpersistentObject) else entry
+        prefix = next((p for p in MASTER if entry.key.startswith(p)), None)
+        if prefix is not None:
+            weight = entry.key.removeprefix(prefix)
+            name = next((p + weight for p in MASTER if p + weight in stored), None)
+            if name is None:
+                return _Slot("network", _place(weight, entry))
+            entry.key = name
+        number = str(len(wanted))  # experts share a key
+        wanted[number] = entry
+        return _Slot("read", number)
+
+    return wanted, dict_list_map_outplace(slot, template)
 
 
-def resolve(path):
-    """A checkpoint's own path, from itself or from the folder above it."""
-    path = Path(path)
-    if (path / "train_state.json").exists():
-        return path
-    found = latest(path)
-    if found is None:
-        raise BorealError(f"{path} is no checkpoint: expected a folder with {TRACKER}, or an iter_* folder inside one")
-    return found
+def _place(key, entry):
+    """What tells a rank's tensors of one key apart."""
+    return key, _pieces(entry)[0].global_offset
 
 
-def describe(path):
-    """What a checkpoint says of itself: state, layout and resolved config (as a dict)."""
-    path = Path(path)
+def _pieces(entry):
+    """The ShardedTensors that an entry is saved as; a gated layer's are two."""
+    return list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
+
+
+def _read(wanted, stored, path):
+    """megatron-core's load, after a look at what it will ask for."""
+    problems = []
+    for entry in nested_values(wanted):
+        for tensor in _pieces(entry) if _is_tensor(entry) else []:
+            if tensor.key not in stored:
+                problems.append(f"{tensor.key}: not in the checkpoint")
+            elif tuple(stored[tensor.key].size) != tuple(tensor.global_shape):
+                found, expected = tuple(stored[tensor.key].size), tuple(tensor.global_shape)
+                problems.append(f"{tensor.key}: found {found}, expected {expected}")
+    if problems:
+        raise ProblemsError(f"{path} does not fit this network", problems)
     try:
-        record = json.loads((path / "train_state.json").read_text())
-        config = yaml.safe_load((path / "run_config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise BorealError(f"{path} is not a complete checkpoint: {error}") from None
-    return {"state": record["state"], "layout": record["layout"], "config": config}
-
-
-def saved_config(path):
-    """The Config that a checkpoint was trained with."""
-    return config_load.parse(describe(path)["config"], str(Path(path) / "run_config.yaml"))
-
-
-def check_same_model(path, saved, config):
-    """Refuse to load another network's weights."""
-    theirs, ours = _flat(saved["model"]), _flat(config.model.model_dump(mode="json", exclude_none=True))
-    ignored = {"init_std", "max_positions"}  # they shape no tensor
-    different = [
-        f"model.{key}: the checkpoint has {theirs.get(key)!r}, the configuration {ours.get(key)!r}"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and key not in ignored
-    ]
-    if different:
-        raise ProblemsError(f"{path} is a checkpoint of another model; use its run_config.yaml or another folder", different)
-
-
-def name(step):
-    return f"iter_{step:07d}"
-
-
-def _read(template, path):
-    try:
-        return dist_checkpointing.load(template, str(path))
-    except FAILURES as error:  # a missing or damaged shard shows in many ways
+        return dist_checkpointing.load(wanted, str(path))
+    except FAILURES as error:  # a shard damaged since it was verified shows in many ways
         raise BorealError(
             f"{path} cannot be loaded: {type(error).__name__}: {error}; resume from another iter_* folder by writing "
-            f"its step into {TRACKER}"
+            f"its step into {store.TRACKER}"
         ) from error
 
 
-def _start_manager():
-    """Start the process through which megatron-core's writers answer, deaf to signals.
-
-    torchrun sends SIGTERM to whole process groups. This process saves on it, and needs the other one alive to do so.
-    A blocked signal stays blocked across the start of a child; ours arrives when it is unblocked.
-    """
-    resource_tracker.ensure_running()  # starting it unblocks both signals, so it has to be there before
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
-        get_write_results_queue()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+# ---------------------------------------------------------------- what is in a checkpoint
 
 
-def _sharded(config, wrapped, optimizer, mesh, is_loading=False, rng=True):
+def _sharded(config, wrapped, optimizer, mesh, is_loading=False):
     metadata = _metadata(config, mesh)
     # A list of chunks; megatron-core names what is in them by the network's layers, whichever chunk has them.
     state = {"model": [chunk.module.sharded_state_dict(metadata=metadata) for chunk in wrapped]}
     state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
-    if rng:
-        states = platform.current().rng_state()
-        state["rng"] = ShardedObject("rng", states, (mesh.world,), (mesh.rank,), replica_id=0)
-    return state
+    states = platform.current().rng_state()
+    state["rng"] = ShardedObject("rng", states, (mesh.world,), (mesh.rank,), replica_id=0)
+    return state if is_loading else dict_list_map_outplace(_something, state)
+
+
+def _something(entry):
+    """Layers of megatron-core's own have an `_extra_state` each, which is None: thousands of them for 128 experts."""
+    empty = isinstance(entry, ShardedObject) and entry.data is None
+    return LocalNonpersistentObject(None) if empty else entry
 
 
 def _metadata(config, mesh):
@@ -217,82 +415,6 @@ def _metadata(config, mesh):
     return metadata
 
 
-def _layout(config, mesh):
+def layout(config, mesh):
+    """What generators and file shapes depend on; a checkpoint of an equal layout resumes bit for bit."""
     return {"world": mesh.world, **config.parallel.model_dump(mode="json"), "distributed": config.optimizer.distributed}
-
-
-def _prepare(config, folder, partial):
-    """Make room; returns what is wrong, or None."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob("iter_*.partial"):  # of saves that were killed
-            shutil.rmtree(unfinished, ignore_errors=True)
-        partial.mkdir()
-        # Weights, master weights and two moments, at most 4 bytes each.
-        needed, free = 16 * params.count(config.model)["with_mtp"], shutil.disk_usage(folder).free
-        if free < needed:
-            return f"{folder} has {free / 1e9:.1f} GB free, a checkpoint needs about {needed / 1e9:.1f} GB; free some space"
-    except OSError as error:
-        return f"{partial} cannot be made: {_why(error)}"
-    return None
-
-
-def _finish(config, state, mesh, folder, partial, final):
-    """Describe the checkpoint, make it durable, give it its name, move the tracker; what is wrong, or None."""
-    try:
-        config_load.dump(config, partial / "run_config.yaml")
-        record = {"state": state.to_dict(), "layout": _layout(config, mesh)}
-        (partial / "train_state.json").write_text(json.dumps(record, indent=1))
-        (partial / "tokenizer").mkdir()
-        for file in Path(config.data.tokenizer).glob("*"):
-            if file.name in TOKENIZER_FILES:
-                shutil.copy(file, partial / "tokenizer")
-        for file in [*partial.rglob("*"), partial]:
-            _flush(file)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush(folder)
-        write_atomically(folder / TRACKER, f"{state.step}\n")
-    except OSError as error:
-        return f"finishing {final} failed: {_why(error)}"
-    return None
-
-
-def write_atomically(path, text):
-    """A small file that is either the old or the new one, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    _flush(temporary)
-    temporary.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _agree(problem, folder):
-    """Raise on every rank if any rank met a problem."""
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problem)
-    found = [p for p in everyone if p]
-    if found:
-        good = latest(folder)
-        where = f"the last complete checkpoint is {good}" if good else "there is no complete checkpoint"
-        raise BorealError(f"the checkpoint was not saved: {found[0]}; {where}")
-
-
-def _why(error):
-    return "no space left on the disk; free some" if error.errno == errno.ENOSPC else str(error)
-
-
-def _flat(values, prefix=""):
-    out = {}
-    for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out

@@ -1,6 +1,5 @@
 """The training loop, top to bottom."""
 
-import dataclasses
 import json
 import math
 import signal
@@ -14,17 +13,18 @@ from boreal_megatron import parallel
 from boreal_megatron.config import check
 from boreal_megatron.data.dataset import Loader, check_tokenizer
 from boreal_megatron.log import Reporter, megatron_line
-from boreal_megatron.model import boreal, router
+from boreal_megatron.model import router
 from boreal_megatron.plan import params
-from boreal_megatron.train import checkpoint, health, optim, phases, schedule, state as train_state, step as train_step
+from boreal_megatron.train import checkpoint, drill, phases, state as train_state, step as train_step
 
 
-def train(config, *, world):
-    """Train from scratch, or from the last complete checkpoint of `checkpoint.folder`.
+def train(config, *, world, resume_drill=0):
+    """Train from scratch, or from the last verified checkpoint of `checkpoint.folder`.
 
     Args:
         config: `config.schema.Config`.
         world: number of processes, checked against the layout before anything starts.
+        resume_drill: steps of `drill.rehearse` before the run; 0 leaves it out.
 
     Returns:
         dict: step, finished, validation_loss (None without validation data), raw_tokens, positions, digest.
@@ -33,54 +33,39 @@ def train(config, *, world):
     check_tokenizer(config)
     mesh = parallel.start(config.parallel, config.seed)
     loader = Loader(config, mesh.dp_rank, mesh.dp_size, mesh.device, mesh.context)
-    chunks = boreal.build(config, mesh)
-    wrapped = optim.wrap(config, chunks)
-    optimizer = optim.build(config, wrapped)
-
-    state = train_state.State()
-    resumed = checkpoint.latest(config.checkpoint.folder)
-    if resumed:
-        state = checkpoint.load(resumed, config, wrapped, optimizer, mesh)
-    state = state.continue_on(loader.fingerprints())
+    resumed, passed_over = checkpoint.find(config.checkpoint, mesh)
+    rehearsed = drill.rehearse(config, mesh, loader, resumed, resume_drill) if resume_drill else None
+    chunks, wrapped, optimizer, state = checkpoint.begin(config, mesh, loader, resumed)
     plan = phases.spans(config.phases)
     report = Reporter(config.checkpoint.folder, mesh.last_rank, plan[-1].end_step, state.step)
-    announce(report, config, mesh, plan, state, resumed)
+    announce(report, config, mesh, plan, state, resumed, passed_over, rehearsed)
     signals = Signals()
-    first_step, last_good, validation, began = state.step, resumed, None, time.perf_counter()
+    saver = checkpoint.Saver(config, mesh, report, resumed)
+    first_step, validation, began = state.step, None, time.perf_counter()
 
-    while (index := phases.at(config.phases, *state.now)) is not None:
-        phase = config.phases[index]
-        if phase.name != state.ledger.phase:
-            state = dataclasses.replace(state, entered=state.now)
+    while phases.at(config.phases, *state.now) is not None:
+        before, step = state, train_step.take(config, wrapped, optimizer, mesh, loader, state, saver.last_good)
+        state, phase = step.state, step.phase
+        if phase.name != before.ledger.phase:
             report.say(f" phase {phase.name}: bags of {phase.bag_size}, windows of {phase.sequence} positions")
-        lr = schedule.learning_rate(config, state.now, state.entered)
-        batches, ledger = loader.step(phase, state.ledger)
-        optimizer.zero_grad()
-        losses, loads = train_step.forward_backward(config, wrapped, mesh, phase, list(batches))
-        loss, mtp_loss = train_step.means(losses)
-        norm = optim.gradient_norm(optimizer)
-        health.check(state.step + 1, loss, norm, last_good)
-        optim.set_learning_rate(optimizer, lr, config.optimizer.weight_decay)
-        optim.update(optimizer, norm, config.optimizer.clip)
-        state = dataclasses.replace(state, step=state.step + 1, ledger=ledger)
 
         seconds, began = time.perf_counter() - began, time.perf_counter()
-        report.advance(state.step, loss)
-        balance = {} if loads is None else router.balance(loads)
+        report.advance(state.step, step.loss)
+        balance = {} if step.loads is None else router.balance(step.loads)
         report.record(
             "train",
             state.step,
             phase=phase.name,
-            loss=loss,
-            loss_minus_log_bag=loss - math.log(phase.bag_size),
-            mtp_loss=mtp_loss,
-            gradient_norm=norm,
-            learning_rate=lr,
+            loss=step.loss,
+            loss_minus_log_bag=step.loss - math.log(phase.bag_size),
+            mtp_loss=step.mtp_loss,
+            gradient_norm=step.gradient_norm,
+            learning_rate=step.learning_rate,
             seconds=seconds,
             positions_per_second=phase.positions_per_step / seconds,
-            raw_tokens=ledger.raw_tokens,
-            positions=ledger.positions,
-            expert_loads=None if loads is None else loads.int().tolist(),
+            raw_tokens=state.ledger.raw_tokens,
+            positions=state.ledger.positions,
+            expert_loads=None if step.loads is None else step.loads.int().tolist(),
             **balance,
         )
         if state.step % config.log.every_steps == 0:
@@ -88,15 +73,16 @@ def train(config, *, world):
                 megatron_line(
                     step=state.step,
                     steps=plan[-1].end_step,
-                    samples=ledger.windows,
+                    samples=state.ledger.windows,
                     seconds=seconds,
-                    lr=lr,
+                    lr=step.learning_rate,
                     batch=phase.windows_per_step(),
-                    loss=loss,
-                    mtp_loss=mtp_loss,
-                    norm=norm,
+                    loss=step.loss,
+                    mtp_loss=step.mtp_loss,
+                    norm=step.gradient_norm,
                 )
             )
+        saver.poll()
         over = phases.at(config.phases, *state.now) is None
         leaving = signals.seen(mesh) and not over
         if config.data.validation and not leaving and (over or state.step % config.evaluation.every_steps == 0):
@@ -106,14 +92,15 @@ def train(config, *, world):
             report.say(f" validation loss at iteration {state.step}: {validation:.6f} (bags of {phase.bag_size})")
             began = time.perf_counter()
         if over or leaving or state.step % config.checkpoint.every_steps == 0:
-            last_good = checkpoint.save(config.checkpoint.folder, config, wrapped, optimizer, state, mesh)
-            report.say(f" saved {last_good}")
+            saver.save(wrapped, optimizer, state)
             began = time.perf_counter()
         if leaving:
-            report.say(f" leaving after iteration {state.step}; the same command goes on from {last_good}")
             break
 
+    saver.close()
     finished = phases.at(config.phases, *state.now) is None
+    if not finished:
+        report.say(f" leaving after iteration {state.step}; the same command goes on from {saver.last_good}")
     if finished and state.step == first_step:
         report.say(f" nothing left to do: {resumed} is the end of this run")
         validation = last_validation(config.checkpoint.folder)
@@ -131,8 +118,8 @@ def train(config, *, world):
     return summary
 
 
-def announce(report, config, mesh, plan, state, resumed):
-    """What is about to happen: sizes, layout, phases in both units, where it goes on."""
+def announce(report, config, mesh, plan, state, resumed, passed_over, rehearsed):
+    """What is about to happen: sizes, layout, phases in both units, what was rehearsed, where it goes on."""
     cut, size = config.parallel, params.count(config.model)
     report.say(
         f" BOREAL {config.model.pattern} | {size['with_mtp']:,} parameters, {size['active']:,} active | "
@@ -148,6 +135,10 @@ def announce(report, config, mesh, plan, state, resumed):
         )
     if warning := parallel.restart_hazard():
         report.say(f" warning: {warning}")
+    for problem in passed_over:
+        report.say(f" passed over: {problem}")
+    if rehearsed:
+        report.say(f" resume drill passed: {rehearsed}")
     if resumed:
         report.say(f" resuming from {resumed}: step {state.step}, {state.ledger.raw_tokens:,} raw tokens read")
 

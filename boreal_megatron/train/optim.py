@@ -102,19 +102,29 @@ def prime(optimizer):
             state[NO_PARAMETERS] = {"step": torch.tensor(0.0)}
 
 
-def own_steps(optimizer):
-    """Give every parameter its own step counter after loading.
+def load(optimizer, values, step):
+    """Take what `checkpoint._moments` described, read from a checkpoint after `step` updates.
 
-    megatron-core 0.19.2 hands all parameters one tensor (optimizer/distrib_optimizer.py, load_state_dict); torch's
-    AdamW adds 1 to it once per parameter, and every bias correction after it is wrong.
+    megatron-core 0.19.2 keeps the step outside the tensors: in each group of the distributed optimizer and of
+    FusedAdam, as `common_step` for torch's AdamW. It then hands all parameters one tensor
+    (optimizer/distrib_optimizer.py, load_state_dict); AdamW adds 1 to it once per parameter, and every bias correction
+    after it is wrong. So every parameter gets its own.
     """
-    states = [part.optimizer.state for part in parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
-    for state in states:
-        for values in state.values():
-            values["step"] = values["step"].clone()
-    for state in states:
-        if not state:
-            state[NO_PARAMETERS] = {"step": next(iter(states[0].values()))["step"].clone()}
+    chain = parts(optimizer)
+    for part, loaded in zip(chain, [values] if len(chain) == 1 else values.values(), strict=True):
+        loaded = loaded.get("optimizer", loaded)
+        for group in loaded["param_groups"]:
+            if "step" in group:
+                group["step"] = type(group["step"])(step)
+        if "state" in loaded and isinstance(part.optimizer, torch.optim.AdamW):
+            loaded["state"]["common_step"] = torch.tensor(float(step))
+    optimizer.load_state_dict(values)
+    for part in chain:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for state in part.optimizer.state.values():
+                state["step"] = torch.tensor(float(step))
+            if not part.optimizer.state:
+                part.optimizer.state[NO_PARAMETERS] = {"step": torch.tensor(float(step))}
 
 
 def set_learning_rate(optimizer, value, weight_decay):

@@ -1,12 +1,58 @@
 """One training step and one evaluation, through megatron-core's pipeline schedules."""
 
+import dataclasses
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from boreal_megatron.config.schema import Phase
 from boreal_megatron.model.head import Losses, loss_function
+from boreal_megatron.train import health, optim, phases, schedule
+from boreal_megatron.train.state import State
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did; `state` is the run's after it. Losses in nats a target, `mtp_loss` None without an MTP head;
+    `loads` [MoE layers, experts], tokens that each expert got, or None without experts."""
+
+    state: State
+    phase: Phase
+    loss: float
+    mtp_loss: float | None
+    gradient_norm: float
+    learning_rate: float
+    loads: torch.Tensor | None
+
+
+def take(config, wrapped, optimizer, mesh, loader, state, last_good=None):
+    """Read a global batch, run it forward and backward, move the weights.
+
+    Args:
+        wrapped: this rank's DDP-wrapped chunks, a list.
+        state: the run's, with a phase left to train in.
+        last_good: the checkpoint that an error names.
+
+    Returns:
+        Step.
+    """
+    phase = config.phases[phases.at(config.phases, *state.now)]
+    if phase.name != state.ledger.phase:
+        state = dataclasses.replace(state, entered=state.now)
+    lr = schedule.learning_rate(config, state.now, state.entered)
+    batches, ledger = loader.step(phase, state.ledger)
+    optimizer.zero_grad()
+    losses, loads = forward_backward(config, wrapped, mesh, phase, list(batches))
+    loss, mtp_loss = means(losses)
+    norm = optim.gradient_norm(optimizer)
+    health.check(state.step + 1, loss, norm, last_good)
+    optim.set_learning_rate(optimizer, lr, config.optimizer.weight_decay)
+    optim.update(optimizer, norm, config.optimizer.clip)
+    state = dataclasses.replace(state, step=state.step + 1, ledger=ledger)
+    return Step(state, phase, loss, mtp_loss, norm, lr, loads)
 
 
 def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):

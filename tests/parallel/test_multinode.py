@@ -17,15 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.support.launch import ROOT, boreal, digests, environment, kill_all, metrics, write_config
+from tests.support.launch import ROOT, digests, environment, kill_all, metrics, uninterrupted
 
 pytestmark = pytest.mark.slow
 
 STEPS = 10
-PHASES = [
-    {"name": "superposition", "until_steps": 3, "bag_size": 4, "sequence": 96, "positions_per_step": 768},
-    {"name": "recovery", "until_steps": STEPS, "sequence": 96, "positions_per_step": 768},
-]
 
 # A node without a heartbeat for 5 x 1 s counts as dead; torchrun's own 3 x 5 s would only make the tests longer.
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=5,read_timeout=30"
@@ -128,15 +124,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """An uninterrupted run on two processes of one node, experts over both: configuration, metrics, digests."""
-    folder = tmp_path_factory.mktemp("whole")
-    config = write_config(
-        folder / "config.yaml", corpus, folder / "run", phases=PHASES, parallel={"expert": 2},
-        checkpoint={"folder": str(folder / "run"), "every_steps": 100},
-    )  # fmt: skip
-    text = boreal(2, "train", config)
-    assert len(digests(text)) == 4
-    return config, metrics(folder / "run"), digests(text)
+    return uninterrupted(corpus, tmp_path_factory.mktemp("whole"), STEPS, every_steps=100)
 
 
 def training(config, corpus, run):

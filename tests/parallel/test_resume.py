@@ -3,25 +3,12 @@
 import signal
 
 import pytest
-from tests.support.launch import boreal, digests, metrics, start_and_signal, write_config
-
-PHASES = [
-    {"name": "superposition", "until_steps": 3, "bag_size": 4, "sequence": 96, "positions_per_step": 768},
-    {"name": "recovery", "until_steps": 24, "sequence": 96, "positions_per_step": 768},
-]
+from tests.support.launch import boreal, digests, metrics, start_and_signal, uninterrupted
 
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """An uninterrupted run of 24 steps on two processes, experts over both: its words, metrics and digests."""
-    folder = tmp_path_factory.mktemp("whole")
-    config = write_config(
-        folder / "config.yaml", corpus, folder / "run", phases=PHASES, parallel={"expert": 2},
-        checkpoint={"folder": str(folder / "run"), "every_steps": 12},
-    )  # fmt: skip
-    text = boreal(2, "train", config)
-    assert len(digests(text)) == 4
-    return config, metrics(folder / "run"), digests(text)
+    return uninterrupted(corpus, tmp_path_factory.mktemp("whole"), steps=24, every_steps=12)
 
 
 def assert_ends_like(whole, folder, text):

@@ -13,20 +13,23 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
+# Every kind of block; odd head counts kept off only where TP2 must divide.
+MODEL = {
+    "pattern": "*-GEG- / *-",
+    "vocab_size": 640,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "attention": {"heads": 4, "kv_heads": 2, "head_dim": 16, "rope_theta": 10000.0},
+    "gdn": {"key_heads": 2, "value_heads": 4, "head_dim": 16},
+    "moe": {"experts": 4, "top_k": 2, "expert_hidden_size": 32, "shared_hidden_size": 32},
+    "max_positions": 512,
+}
+
 
 def write_config(path, corpus, run, **changes):
-    """The tests' configuration as a file; every kind of block, odd head counts kept off only where TP2 must divide."""
+    """The tests' configuration as a file."""
     values = {
-        "model": {
-            "pattern": "*-GEG- / *-",
-            "vocab_size": 640,
-            "hidden_size": 64,
-            "ffn_hidden_size": 96,
-            "attention": {"heads": 4, "kv_heads": 2, "head_dim": 16, "rope_theta": 10000.0},
-            "gdn": {"key_heads": 2, "value_heads": 4, "head_dim": 16},
-            "moe": {"experts": 4, "top_k": 2, "expert_hidden_size": 32, "shared_hidden_size": 32},
-            "max_positions": 512,
-        },
+        "model": MODEL,
         "precision": "fp32",
         "micro_batch": 2,
         "phases": [
@@ -69,6 +72,24 @@ def boreal(processes, *words, expect=0, timeout=240):
     text = done.stdout + done.stderr
     assert done.returncode == expect, f"exit {done.returncode}, expected {expect}:\n{text[-6000:]}"
     return text
+
+
+def uninterrupted(corpus, folder, steps, every_steps):
+    """A run on two processes with experts over both, on bags of 4 until step 3, that nothing happens to.
+
+    Returns (configuration file, metrics, digests).
+    """
+    phases = [
+        {"name": "superposition", "until_steps": 3, "bag_size": 4, "sequence": 96, "positions_per_step": 768},
+        {"name": "recovery", "until_steps": steps, "sequence": 96, "positions_per_step": 768},
+    ]
+    config = write_config(
+        folder / "config.yaml", corpus, folder / "run", phases=phases, parallel={"expert": 2},
+        checkpoint={"folder": str(folder / "run"), "every_steps": every_steps},
+    )  # fmt: skip
+    text = boreal(2, "train", config)
+    assert len(digests(text)) == 4
+    return config, metrics(folder / "run"), digests(text)
 
 
 def start_and_signal(processes, words, when, number, timeout=240):

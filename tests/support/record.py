@@ -4,17 +4,20 @@ import contextlib
 
 import torch
 import torch.distributed as dist
-from boreal_megatron.model import init
-from boreal_megatron.train import loop
+from boreal_megatron.data.dataset import VALIDATION
+from boreal_megatron.data.source import Source
+from boreal_megatron.model import boreal, init
+from boreal_megatron.train import health, optim, state as train_state
 
 
 @contextlib.contextmanager
 def recorded(out):
     """What is trained while it lasts is written to `out` by rank 0: {"gradients": {step: {name: tensor}},
-    "parameters": {name: tensor}, "copies": the largest difference between two ranks' copies of one tensor}."""
-    record = {"gradients": {}, "parameters": {}, "copies": 0.0}
-    now = {}
-    originals = loop.boreal.build, loop.optim.wrap, loop.health.check, loop.train_state.digest
+    "parameters": {name: tensor}, "copies": the largest difference between two ranks' copies of one tensor, "samples":
+    {step: [(source, its cursor), ..] sorted, of all windows read for training}}."""
+    record = {"gradients": {}, "parameters": {}, "copies": 0.0, "samples": {}}
+    now = {"windows": []}
+    originals = boreal.build, optim.wrap, health.check, train_state.digest, Source.read_window
 
     def build(config, mesh):
         now["mesh"] = mesh
@@ -26,16 +29,23 @@ def recorded(out):
 
     def check(step, loss, norm, latest):  # after the gradients are finished, before the weights move
         record["gradients"][step] = gathered(now["wrapped"], now["mesh"], record, gradients(now["wrapped"]))
+        record["samples"][step] = samples(now["windows"], now["mesh"])
+        now["windows"] = []
         originals[2](step, loss, norm, latest)
 
     def digest(chunks, optimizer, state):
         record["parameters"] = gathered(now["wrapped"], now["mesh"], record)
         return originals[3](chunks, optimizer, state)
 
-    def install(values):
-        loop.boreal.build, loop.optim.wrap, loop.health.check, loop.train_state.digest = values
+    def read_window(source, start, *shape):
+        if source.name != VALIDATION:
+            now["windows"].append((source.name, start))
+        return originals[4](source, start, *shape)
 
-    install((build, wrap, check, digest))
+    def install(values):
+        boreal.build, optim.wrap, health.check, train_state.digest, Source.read_window = values
+
+    install((build, wrap, check, digest, read_window))
     try:
         yield
     finally:
@@ -46,6 +56,16 @@ def recorded(out):
         settings.grad_scale_func = settings.finalize_model_grads_func = settings.no_sync_func = None
     if dist.get_rank() == 0:
         torch.save(record, out)
+
+
+def samples(windows, mesh):
+    """What all data-parallel ranks read in a step, sorted; ranks of one network must have read the same."""
+    everyone = [None] * mesh.world
+    dist.all_gather_object(everyone, (mesh.dp_rank, windows))
+    by_rank = {}
+    for rank, read in everyone:
+        assert by_rank.setdefault(rank, read) == read, (rank, by_rank[rank], read)
+    return sorted(window for read in by_rank.values() for window in read)
 
 
 def gradients(wrapped):
@@ -85,8 +105,9 @@ def gathered(wrapped, mesh, record, part=lambda shard: shard):
     out = {}
     for key, shape, offset, axes, data in (shard for shards in everyone for shard in shards):
         full = out.setdefault(key, torch.full(shape, torch.nan))
+        assert data.isfinite().all(), f"{key}: NaN or inf, which comparisons would pass over"
         window = (*offset[:axes], *(slice(a, a + n) for a, n in zip(offset[axes:], data.shape, strict=True)))
-        if full[window].isnan().all():
+        if full[window].isnan().all():  # nobody's yet
             full[window] = data
         else:
             record["copies"] = max(record["copies"], float((full[window] - data).abs().max()))

@@ -8,7 +8,7 @@ import pytest
 from boreal_megatron import parallel
 from boreal_megatron.cli import main
 from boreal_megatron.errors import BorealError, ProblemsError
-from boreal_megatron.train import checkpoint
+from boreal_megatron.train import store
 from tests.support.configs import config_for, tiny_model
 from tests.support.launch import ROOT, boreal, environment
 
@@ -58,12 +58,12 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     ours, theirs = config_for(tiny_model()), config_for(tiny_model(ffn_hidden_size=128, tie_embeddings=False))
     saved = theirs.model_dump(mode="json", exclude_none=True)
     with pytest.raises(ProblemsError, match="another model") as caught:
-        checkpoint.check_same_model("X", saved, ours)
+        store.check_same_model("X", saved, ours)
     assert caught.value.problems == [
         "model.ffn_hidden_size: the checkpoint has 128, the configuration 96",
         "model.tie_embeddings: the checkpoint has False, the configuration True",
     ]
-    checkpoint.check_same_model("X", saved, theirs)
+    store.check_same_model("X", saved, theirs)
 
 
 def test_source_that_changed_is_refused():
@@ -76,15 +76,15 @@ def test_source_that_changed_is_refused():
 
 
 def test_tracker_that_names_nothing(tmp_path):
-    assert checkpoint.latest(tmp_path) is None
-    (tmp_path / checkpoint.TRACKER).write_text("7\n")
+    assert store.latest(tmp_path) is None
+    (tmp_path / store.TRACKER).write_text("7\n")
     with pytest.raises(BorealError, match="names step 7, but .* is not a complete checkpoint; checkpoints there: none"):
-        checkpoint.latest(tmp_path)
-    (tmp_path / checkpoint.TRACKER).write_text("soon")
+        store.latest(tmp_path)
+    (tmp_path / store.TRACKER).write_text("soon")
     with pytest.raises(BorealError, match="expected a step number"):
-        checkpoint.latest(tmp_path)
+        store.latest(tmp_path)
     with pytest.raises(BorealError, match="is no checkpoint"):
-        checkpoint.resolve(tmp_path / "empty")
+        store.resolve(tmp_path / "empty")
 
 
 def test_full_disk_keeps_the_last_checkpoint(config_file, tmp_path):
@@ -106,30 +106,20 @@ def test_full_disk_keeps_the_last_checkpoint(config_file, tmp_path):
     )
     text = done.stdout + done.stderr
     assert done.returncode == 1, text[-3000:]
-    assert "the checkpoint was not saved" in text and "the last complete checkpoint is" in text
-    assert (run / checkpoint.TRACKER).read_text().strip() == "2"
+    assert "checkpoint iter_0000004 was not saved" in text and f"the last verified checkpoint is {run}/iter_0000002" in text
+    assert "iteration        5/" in text  # a run outlives a failed save, but does not end with one
+    assert (run / store.TRACKER).read_text().strip() == "2"
     assert not (run / "iter_0000004").exists()
     assert "resuming from" in boreal(1, "train", config_file)
     # The run is at step 5 now; its newest shards lose their end.
-    newest = checkpoint.latest(run)
+    newest = store.latest(run)
     shard = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-5000])
     text = boreal(1, "train", config_file, expect=1)
-    assert f"{newest} cannot be loaded" in text and "resume from another iter_* folder" in text
-
-
-def test_no_room_is_noticed_before_writing(tmp_path, monkeypatch, mesh):
-    from boreal_megatron.model import boreal as network
-    from boreal_megatron.train import optim
-    from boreal_megatron.train.state import State
-
-    config = config_for(tiny_model())
-    wrapped = optim.wrap(config, network.build(config, mesh))
-    optimizer = optim.build(config, wrapped)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(BorealError, match="0.0 GB free, a checkpoint needs about .*; there is no complete checkpoint"):
-        checkpoint.save(tmp_path, config, wrapped, optimizer, State(), mesh)
-    assert checkpoint.latest(tmp_path) is None
+    assert f"{newest} is damaged" in text and f"{shard.name}: " in text and "checkpoint.fall_back=true" in text
+    text = boreal(1, "train", config_file, "checkpoint.fall_back=true")
+    assert f"passed over: iter_0000005: {shard.name}" in text and f"resuming from {run}/iter_0000004" in text
+    assert store.verify(newest) == []
 
 
 def test_not_finite_numbers_stop_the_run_before_the_weights_move():

@@ -17,13 +17,14 @@ RULES = {
     "platform": {"torch", "megatron", f"{OWN}.platform"},
     "errors.py": set(),
     "log.py": {"torch", "tqdm"},
-    "compat.py": {"megatron", "packaging", f"{OWN}.errors"},
+    "safe.py": {"torch", f"{OWN}.errors"},
+    "compat.py": {"torch", "megatron", "packaging", f"{OWN}.errors", f"{OWN}.safe"},
     "parallel.py": {"torch", "megatron", f"{OWN}.compat", f"{OWN}.platform"} | CONFIG,
     "model": {"torch", "megatron", "boreal_kernels", f"{OWN}.model", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.compat"} | CONFIG,
     "data": {"numpy", "torch", "megatron", "tokenizers", "tqdm", f"{OWN}.data", f"{OWN}.parallel"} | CONFIG,
-    "train": {"torch", "megatron", "yaml", "matplotlib", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | CONFIG,
+    "train": {"torch", "megatron", "nvidia_resiliency_ext", "yaml", "matplotlib", f"{OWN}.safe", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | CONFIG,
     "dry_run.py": {"torch", "megatron", f"{OWN}.plan", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.model", f"{OWN}.train"} | CONFIG,
-    "convert": {"torch", "safetensors", "transformers", "numpy", f"{OWN}.convert", f"{OWN}.train", f"{OWN}.data", f"{OWN}.model", f"{OWN}.parallel"} | CONFIG,
+    "convert": {"torch", "safetensors", f"{OWN}.safe", "transformers", "numpy", f"{OWN}.convert", f"{OWN}.train", f"{OWN}.data", f"{OWN}.model", f"{OWN}.parallel"} | CONFIG,
 }  # fmt: skip
 SOURCES = sorted((ROOT / OWN).rglob("*.py"))
 
