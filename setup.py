@@ -24,6 +24,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "eval": ["lm-eval>=0.4.13"],
         "export": ["transformers>=5.23"],
         "plot": ["matplotlib"],
         "test": ["pytest"],

@@ -15,6 +15,16 @@ AUTO_MAP = {
 }
 
 
+def problems(model):
+    """What keeps a network (`schema.Model`) from being a Hugging Face model; [] if nothing does."""
+    if "*" in expand(model.pattern)[0]:
+        return []
+    return [
+        f"model.pattern: found no attention half-block `*` in {model.pattern!r} before any `/`; expected at least one, "
+        "since transformers counts generated positions on an attention layer's cache; such a network stays a checkpoint"
+    ]
+
+
 def hf_config_dict(model, *, eos_token_id, dtype):
     """Describes a network in the words of Qwen3-Next and DeepSeek configurations.
 
@@ -28,14 +38,12 @@ def hf_config_dict(model, *, eos_token_id, dtype):
     """
     if dtype not in DTYPE_NAMES:
         raise BorealError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}")
+    if found := problems(model):
+        raise BorealError("; ".join(found))
     main, mtp = expand(model.pattern)
-    if "*" not in main:
-        raise BorealError(
-            f"pattern {model.pattern!r}: found no attention half-block `*` in the main network; expected at least one, "
-            "since transformers counts generated positions on an attention layer's cache"
-        )
     attention, gdn, moe = model.attention, model.gdn, model.moe
     layer_types, mlp_types = _type_names(main)
+    rope = {"rope_theta": attention.rope_theta, "partial_rotary_factor": attention.rope_fraction}
     config = {
         "architectures": ["BorealForCausalLM"],
         "auto_map": AUTO_MAP,
@@ -50,8 +58,8 @@ def hf_config_dict(model, *, eos_token_id, dtype):
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
-        "partial_rotary_factor": attention.rope_fraction,
-        "rope_theta": attention.rope_theta,
+        "rope_parameters": {"rope_type": "default"} | rope,
+        **rope,  # also where readers from before transformers 5 look
         "attention_gate": attention.gate,
         "linear_num_key_heads": gdn.key_heads,
         "linear_num_value_heads": gdn.value_heads,
@@ -107,6 +115,13 @@ def _model(config):
             f"config.json: found linear_key_head_dim {config['linear_key_head_dim']} and linear_value_head_dim "
             f"{config['linear_value_head_dim']}; expected one size for both"
         )
+    rope = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
+    rope |= config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise BorealError(
+            f"config.json: found rope_type {rope['rope_type']!r}; expected 'default', since training knows no RoPE "
+            "scaling; take the folder as it was before the scaling was written into it"
+        )
     pattern = _letters(config["layer_types"], config["mlp_types"])
     if config["num_nextn_predict_layers"]:
         pattern += "/" + _letters(config["mtp_layer_types"], config["mtp_mlp_types"])
@@ -129,8 +144,8 @@ def _model(config):
             kv_heads=config["num_key_value_heads"],
             head_dim=config["head_dim"],
             gate=config["attention_gate"],
-            rope_fraction=config["partial_rotary_factor"],
-            rope_theta=config["rope_theta"],
+            rope_fraction=rope["partial_rotary_factor"],
+            rope_theta=rope["rope_theta"],
         ),
         gdn=schema.GDN(
             key_heads=config["linear_num_key_heads"],

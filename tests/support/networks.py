@@ -3,14 +3,14 @@
 import torch
 
 from boreal_megatron.config import schema
-from boreal_megatron.convert.mapping import mapping
+from boreal_megatron.convert.mapping import mapping, training_shapes
 
 
 def tiny(**changes):
     """Every half-block in a network of a few thousand weights; heads are grouped in both mixers (r = 2 and r = 3)."""
     fields = dict(
         pattern="*-G-GE*E/*-",
-        vocab_size=61,
+        vocab_size=128,
         hidden_size=32,
         ffn_hidden_size=40,
         attention=schema.Attention(heads=4, kv_heads=2, head_dim=8, gate="silu", rope_fraction=0.5, rope_theta=1e4),
@@ -26,22 +26,23 @@ def random_weights(model, seed=0):
     enough that rounding in one layer is not magnified by the next."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for rule in mapping(model):
-        for name, shape in rule.train.items():
-            x = torch.randn(shape, generator=generator)
-            if "norm" in name:
-                x = 1.0 + 0.3 * x
-            elif name.endswith("A_log"):
-                x = torch.log(0.05 + 2.0 * torch.rand(shape, generator=generator))
-            elif name.endswith("dt_bias"):
-                x = -2.0 + 0.5 * x
-            elif name.endswith("expert_bias"):
-                x = 0.2 * x
-            elif name.endswith(("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")):
-                x = 0.3 * shape[-1] ** -0.5 * x
-            elif name.endswith("word_embeddings.weight"):
-                x = 3.0 * shape[-1] ** -0.5 * x
-            elif not name.endswith("conv1d.weight"):
-                x = shape[-1] ** -0.5 * x
-            weights[name] = x
+    for name, shape in training_shapes(mapping(model)).items():
+        x = torch.randn(shape, generator=generator)
+        if "norm" in name:
+            x = 1.0 + 0.3 * x
+        elif name.endswith("A_log"):
+            x = torch.log(0.05 + 2.0 * torch.rand(shape, generator=generator))
+        elif name.endswith("dt_bias"):
+            x = -2.0 + 0.5 * x
+        elif name.endswith("expert_bias"):
+            x = 0.2 * x
+        elif name.endswith(("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")):
+            x = 0.3 * shape[-1] ** -0.5 * x
+        elif name.endswith("word_embeddings.weight"):
+            x = 3.0 * shape[-1] ** -0.5 * x
+        elif not name.endswith("conv1d.weight"):
+            x = shape[-1] ** -0.5 * x
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            x[model.vocab_size :] = 0.0  # padding
+        weights[name] = x
     return weights

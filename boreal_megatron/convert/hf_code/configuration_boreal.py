@@ -12,7 +12,10 @@ class BorealConfig(PreTrainedConfig):
     Attributes:
         layer_types: "full_attention" or "linear_attention" (Gated DeltaNet), one a layer.
         mlp_types: "dense" or "moe", one a layer.
-        partial_rotary_factor: share of each attention head, from its first dimension on, that RoPE rotates.
+        rope_theta, partial_rotary_factor: RoPE's base, and the share of each attention head, from its first dimension
+            on, that it rotates. `rope_parameters`, where it repeats them, decides.
+        rope_parameters (or `rope_scaling`): `rope_type` "default", or "yarn" with `factor`,
+            `original_max_position_embeddings` and, if wanted, `beta_fast`, `beta_slow`, `attention_factor`.
         attention_gate, linear_gate: activation of the output gates, "silu" or "sigmoid".
         num_experts and the fields after it: read only where `mlp_types` has "moe".
         num_nextn_predict_layers: MTP blocks in the weight file (`mtp.*`), which this code does not read.
@@ -33,6 +36,7 @@ class BorealConfig(PreTrainedConfig):
     head_dim: int = 256
     partial_rotary_factor: float = 0.25
     rope_theta: float = 1e7
+    rope_parameters: Optional[dict] = None
     attention_gate: str = "silu"
     linear_num_key_heads: int = 8
     linear_num_value_heads: int = 16
@@ -64,6 +68,8 @@ class BorealConfig(PreTrainedConfig):
         if self.mlp_types is None:
             self.mlp_types = ["dense"] * count
         super().__post_init__(**kwargs)
+        self.rope_theta = self.rope_parameters["rope_theta"]
+        self.partial_rotary_factor = self.rope_parameters["partial_rotary_factor"]
         for name, known in (("layer_types", ("full_attention", "linear_attention")), ("mlp_types", ("dense", "moe"))):
             kinds = getattr(self, name)
             if len(kinds) != count or not set(kinds) <= set(known):

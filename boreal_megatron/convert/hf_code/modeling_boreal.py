@@ -8,6 +8,8 @@ Shapes: B batch, T new positions, S cached and new positions, h hidden; attentio
 heads, D head size; DeltaNet H key heads, HV value heads, K key size, V value size, C convolved channels, W conv width.
 """
 
+import functools
+from importlib import import_module
 from typing import Optional, Union
 
 import torch
@@ -16,7 +18,9 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_boreal import BorealConfig
@@ -76,6 +80,75 @@ def gated_delta_chunks(q, k, v, g, beta, state):
     return torch.cat(outputs, dim=2), state
 
 
+def torch_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
+    """The gated delta rule from the convolution's output to the norm's input, in plain torch.
+
+    Args:
+        q, k: [B, T, H, K], not normalised. v: [B, T, HV, V]. a, b: [B, T, HV], before their activations.
+        A_log, dt_bias: [HV]. state: [B, HV, K, V] in FP32, or None for zeros.
+
+    Returns:
+        output [B, T, HV, V], new state.
+    """
+    repeats = v.shape[2] // k.shape[2]
+    q, k, v = q.float(), k.float(), v.float().transpose(1, 2)  # v [B, HV, T, V]
+    q, k = unit_length(q) * q.shape[-1] ** -0.5, unit_length(k)
+    # Value head j reads key head j // repeats.
+    q, k = (x.repeat_interleave(repeats, dim=2).transpose(1, 2) for x in (q, k))  # [B, HV, T, K]
+    g, beta = (x.transpose(1, 2) for x in gates(a, b, A_log, dt_bias))  # [B, HV, T]
+    if state is None:
+        state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
+    rule = gated_delta_step if v.shape[2] == 1 else gated_delta_chunks
+    out, state = rule(q, k, v, g, beta, state)
+    return out.transpose(1, 2), state
+
+
+def fla_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
+    """`torch_delta_rule` by flash-linear-attention."""
+    fla = import_module("fla.ops.gated_delta_rule")
+    g, beta = gates(a, b, A_log, dt_bias)
+    # Its one-token kernel has no backward pass.
+    steps = q.shape[1] == 1 and not torch.is_grad_enabled()
+    rule = fla.fused_recurrent_gated_delta_rule if steps else fla.chunk_gated_delta_rule
+    return rule(
+        q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+
+
+def boreal_kernels_delta_rule(q, k, v, a, b, A_log, dt_bias, state, backend="auto"):
+    """`torch_delta_rule` by boreal_kernels."""
+    rule = import_module("boreal_kernels.gated_delta_rule").gated_delta_rule
+    out, state, _ = rule(
+        q, k, v, a, b, A_log, dt_bias, initial_state=state, output_final_state=True, backend=backend
+    )
+    return out, state
+
+
+def gates(a, b, A_log, dt_bias):
+    """Log decay g <= 0 and write strength beta, FP32, in the shape of a and b."""
+    return -A_log.float().exp() * F.softplus(a.float() + dt_bias.float()), torch.sigmoid(b.float())
+
+
+DELTA_RULES = {"torch": torch_delta_rule, "fla": fla_delta_rule, "boreal_kernels": boreal_kernels_delta_rule}
+
+
+@functools.cache
+def fastest_delta_rule():
+    """The name, in DELTA_RULES, of the fastest implementation that is installed for CUDA tensors."""
+    if not torch.cuda.is_available():
+        return "torch"
+    try:
+        if import_module("boreal_kernels.backend").resolve("auto", "gated_delta_rule") != "torch":
+            return "boreal_kernels"
+    except ImportError:
+        pass
+    try:
+        import_module("fla.ops.gated_delta_rule")
+    except ImportError:
+        return "torch"
+    return "fla"
+
+
 # ---------------------------------------------------------------- norms and rotary positions
 
 
@@ -94,12 +167,17 @@ class BorealRMSNorm(nn.Module):
 
 
 def rotary_tables(config, position_ids):
-    """cos and sin, FP32 [B, 1, T, rope_dim], both halves alike."""
-    rope_dim = int(config.head_dim * config.partial_rotary_factor)
-    steps = torch.arange(0, rope_dim, 2, device=position_ids.device, dtype=torch.float32) / rope_dim
-    angles = position_ids[:, None, :, None].float() * config.rope_theta**-steps  # [B, 1, T, rope_dim / 2]
+    """cos and sin, FP32 [B, 1, T, rope_dim], both halves alike, times the attention factor of YaRN where it is used."""
+    rope = config.rope_parameters
+    if rope["rope_type"] == "default":
+        rope_dim = int(config.head_dim * rope["partial_rotary_factor"])
+        steps = torch.arange(0, rope_dim, 2, device=position_ids.device, dtype=torch.float32) / rope_dim
+        frequencies, factor = rope["rope_theta"] ** -steps, 1.0  # [rope_dim / 2]
+    else:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, position_ids.device)
+    angles = position_ids[:, None, :, None].float() * frequencies  # [B, 1, T, rope_dim / 2]
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x, cos, sin):
@@ -142,9 +220,8 @@ class BorealAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # [B, Hkv, S, D]
         # Causality by flag needs as many queries as keys; a lone query sees everything, and needs no mask at all.
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None and length > 1, enable_gqa=True
-        )
+        masking = {"attn_mask": visible} if visible is not None or length == 1 else {"is_causal": True}
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **masking)
         out = out.transpose(1, 2) * self.gate(gate.float())  # [B, T, Hq, D], gate evaluated in FP32
         return self.o_proj(out.to(x.dtype).reshape(batch, length, -1))
 
@@ -161,11 +238,16 @@ class BorealGatedRMSNorm(BorealRMSNorm):
 
 
 class BorealGatedDeltaNet(nn.Module):
-    """Gated DeltaNet: a linear-attention state that decays, and is corrected rather than added to."""
+    """Gated DeltaNet: a linear-attention state that decays, and is corrected rather than added to.
+
+    Attributes:
+        rules: device type -> the name, in DELTA_RULES, of the implementation that runs there; "torch" where none is.
+    """
 
     def __init__(self, config, layer_idx):
         super().__init__()
         self.layer_idx = layer_idx
+        self.rules = {"cuda": fastest_delta_rule()}
         self.key_heads, self.value_heads = config.linear_num_key_heads, config.linear_num_value_heads
         self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.conv_width = config.linear_conv_kernel_dim
@@ -193,23 +275,16 @@ class BorealGatedDeltaNet(nn.Module):
 
         mixed = torch.cat((q.flatten(2), k.flatten(2), v.flatten(2)), dim=-1)  # [B, T, C]
         state = cache.get_recurrent_state(self.layer_idx) if cache is not None else None
-        mixed = self._convolve(mixed.transpose(1, 2), cache).transpose(1, 2).float()
+        mixed = self._convolve(mixed.transpose(1, 2), cache).transpose(1, 2)
         q, k, v = mixed.split([self.key_heads * dk, self.key_heads * dk, self.value_heads * dv], dim=-1)
-        q, k = (unit_length(t.reshape(batch, length, self.key_heads, dk)) for t in (q, k))
-        # Value head j reads key head j // r.
-        q, k = (t.repeat_interleave(r, dim=2).transpose(1, 2) for t in (q * dk**-0.5, k))  # [B, HV, T, K]
-        v = v.reshape(batch, length, self.value_heads, dv).transpose(1, 2)  # [B, HV, T, V]
-        beta = torch.sigmoid(b.float()).transpose(1, 2)  # [B, HV, T]
-        g = (-self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())).transpose(1, 2)
-
-        if state is None:
-            state = v.new_zeros(batch, self.value_heads, dk, dv)
-        rule = gated_delta_step if length == 1 else gated_delta_chunks
-        out, state = rule(q, k, v, g, beta, state)
+        q, k = (t.reshape(batch, length, self.key_heads, dk) for t in (q, k))
+        v = v.reshape(batch, length, self.value_heads, dv)
+        rule = DELTA_RULES[self.rules.get(x.device.type, "torch")]
+        out, state = rule(q, k, v, a, b, self.A_log, self.dt_bias, state)  # [B, T, HV, V], [B, HV, K, V]
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
 
-        out = self.norm(out.transpose(1, 2), z.reshape(batch, length, self.value_heads, dv))  # [B, T, HV, V]
+        out = self.norm(out, z.reshape(batch, length, self.value_heads, dv))  # [B, T, HV, V]
         return self.out_proj(out.to(x.dtype).flatten(2))
 
     def _convolve(self, x, cache):
@@ -267,11 +342,17 @@ class BorealMoE(nn.Module):
 
     def forward(self, x):
         tokens = x.reshape(-1, x.shape[-1])  # [B * T, h]
-        chosen, weights = self.gate(tokens)
+        chosen, weights = (t.flatten() for t in self.gate(tokens))  # [B * T * k], the k choices of a token together
+        pairs = chosen.argsort(stable=True)  # one expert's choices together
+        counts = torch.zeros(len(self.experts), dtype=chosen.dtype, device=x.device)
+        counts = counts.scatter_add_(0, chosen, torch.ones_like(chosen)).tolist()  # waits for the device, once
         routed = torch.zeros_like(tokens, dtype=torch.float32)  # k contributions are summed in FP32
-        for expert in chosen.unique().tolist():
-            rows, slots = torch.where(chosen == expert)
-            contribution = self.experts[expert](tokens[rows]).float() * weights[rows, slots].unsqueeze(-1)
+        for expert, mine in zip(self.experts, pairs.split(counts)):
+            # A compiled graph holds every expert, since it cannot know who comes away empty.
+            if not torch.compiler.is_compiling() and len(mine) == 0:
+                continue
+            rows = mine // self.gate.top_k
+            contribution = expert(tokens[rows]).float() * weights[mine].unsqueeze(-1)
             routed.index_add_(0, rows, contribution)
         return routed.to(x.dtype).view_as(x) + self.shared_expert(x)
 
@@ -279,7 +360,7 @@ class BorealMoE(nn.Module):
 # ---------------------------------------------------------------- the decoder
 
 
-class BorealDecoderLayer(nn.Module):
+class BorealDecoderLayer(GradientCheckpointingLayer):
     """One mixer and one FFN, each on a normed input and added to the residual stream."""
 
     def __init__(self, config, layer_idx):
@@ -294,15 +375,18 @@ class BorealDecoderLayer(nn.Module):
         moe = config.mlp_types[layer_idx] == "moe"
         self.mlp = BorealMoE(config) if moe else BorealMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, rotary, visible, real, cache):
-        """x [B, T, h]; visible as in attention; real: [B, T, 1], 1 at tokens and 0 at padding, or None."""
+    def forward(self, x, rotary, visible, real, past_key_values=None):
+        """x [B, T, h]; visible as in attention; real: [B, T, 1], 1 at tokens and 0 at padding, or None.
+
+        The cache goes by the name under which transformers takes it away from a layer that it will run twice.
+        """
         mixed = self.input_layernorm(x)
         if real is not None:
             mixed = mixed * real
         if self.attends:
-            x = x + self.self_attn(mixed, rotary, visible, cache)
+            x = x + self.self_attn(mixed, rotary, visible, past_key_values)
         else:
-            x = x + self.linear_attn(mixed, cache)
+            x = x + self.linear_attn(mixed, past_key_values)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -312,6 +396,7 @@ class BorealPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["BorealDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _is_stateful = True  # the DeltaNet state cannot be rolled back
     # Rounding of the decay is amplified by the recurrence, and rounding of the scores flips the choice of experts.
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "mlp.gate.weight", "e_score_correction_bias"]
@@ -338,9 +423,14 @@ class BorealModel(BorealPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        config.standardize_rope_params()  # from_pretrained(rope_parameters=...) sets what it was given, as it is
+        rope_type = config.rope_parameters["rope_type"]
+        if rope_type not in ("default", "yarn"):
+            raise ValueError(f"rope_parameters: found rope_type {rope_type!r}; expected 'default' or 'yarn'")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(BorealDecoderLayer(config, n) for n in range(config.num_hidden_layers))
         self.norm = BorealRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
 
     @can_return_tuple
@@ -359,7 +449,8 @@ class BorealModel(BorealPreTrainedModel):
 
         Args:
             input_ids: [B, T], the positions that are not in the cache yet.
-            attention_mask: [B, S], 1 at tokens and 0 at padding, cached positions included.
+            attention_mask: [B, S], 1 at tokens and 0 at padding, cached positions included. Padding comes before the
+                tokens of a row, or, where nothing will go on from a cache, after them.
             position_ids: [B, T]; by default they count on from the cache.
             past_key_values: a growing cache; made here when `use_cache` and none is given.
             inputs_embeds: [B, T, h] in place of input_ids.
@@ -371,7 +462,8 @@ class BorealModel(BorealPreTrainedModel):
 
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
-        if cache is None and use_cache:
+        replayed = self.gradient_checkpointing and self.training  # layers that run twice must not write a cache
+        if cache is None and use_cache and not replayed:
             cache = DynamicCache(config=self.config)
         if cache is not None and (len(cache.layers) != len(self.layers) or cache.get_max_length() != -1):
             raise ValueError(
@@ -391,7 +483,7 @@ class BorealModel(BorealPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 states.append(x)
-            x = layer(x, rotary, visible, real, cache)
+            x = layer(x, rotary, visible, real, past_key_values=cache)
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
@@ -413,9 +505,17 @@ def masks(attention_mask, seen, length, x):
             f"attention_mask: found shape {tuple(attention_mask.shape)}, expected {(x.shape[0], total)}: one entry "
             "for each cached and each new position"
         )
-    padded = attention_mask is not None and not bool(attention_mask.all())
+    # A compiled graph cannot branch on what a mask holds, so there every mask counts as padded.
+    tracing = torch.compiler.is_compiling()
+    padded = attention_mask is not None and (tracing or not bool(attention_mask.all()))
     if not padded and (length == 1 or seen == 0):
         return None, None
+    if padded and seen and not tracing and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
+        raise ValueError(
+            "attention_mask: found padding after a token, and cached positions; expected padding before the tokens "
+            "only, since a DeltaNet state that ran over padding cannot go on from the token before it; set "
+            "tokenizer.padding_side = 'left'"
+        )
     query = torch.arange(seen, total, device=x.device).unsqueeze(-1)
     key = torch.arange(total, device=x.device)
     visible = (key <= query)[None, None]  # [1, 1, T, S]
