@@ -6,7 +6,7 @@ from boreal_megatron.convert.export import tokenizer_folder
 from boreal_megatron.convert.hf import build_hf
 from boreal_megatron.convert.reader import TensorReader
 from boreal_megatron.data.tokenizer import Tokenizer
-from boreal_megatron.train import checkpoint
+from boreal_megatron.train import store
 
 
 def generate(path, prompts, *, max_new_tokens=64, temperature=0.8, top_p=0.95, seed=0):
@@ -21,8 +21,8 @@ def generate(path, prompts, *, max_new_tokens=64, temperature=0.8, top_p=0.95, s
     Returns:
         list of texts, prompt included.
     """
-    path = checkpoint.resolve(path)
-    config = checkpoint.saved_config(path)
+    path = store.resolve(path)
+    config = store.saved_config(path)
     tokenizer = Tokenizer.load(tokenizer_folder(path, config))
     decoder = build_hf(config.model, TensorReader(path), tokenizer.eod)
     torch.manual_seed(seed)

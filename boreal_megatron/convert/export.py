@@ -1,106 +1,151 @@
-"""From a training checkpoint to a Hugging Face folder, proved by comparing logits before it is called done."""
+"""From a training checkpoint to a Hugging Face folder: looked through, streamed, and on request proved equal.
 
-import shutil
+Neither a GPU nor the layout that wrote the checkpoint is needed, and no more memory than the largest tensor and 1 GB.
+"""
+
+import threading
 from pathlib import Path
 
-import torch
-
-from boreal_megatron.convert.hf import build_hf, write_hf
+from boreal_megatron.convert import check, hf, shards
+from boreal_megatron.convert.mapping import training_shapes
 from boreal_megatron.convert.reader import TensorReader
+from boreal_megatron.convert.targets import TARGETS
 from boreal_megatron.data.tokenizer import Tokenizer
-from boreal_megatron.errors import BorealError
-from boreal_megatron.train import checkpoint
+from boreal_megatron.errors import BorealError, ProblemsError
+from boreal_megatron.train import store
 
-TOLERANCE = 1e-4  # fp32 logits; both sides compute the same network in another order
+SHOWN = 20  # problems of one kind that are listed
 
 
-def export(path, out, *, dtype="fp32", progress=None):
-    """Write the folder and compare logits with the training model's, both in FP32: those of the written folder, or,
-    when its weights are rounded to bf16, those of the same mapping before rounding.
+def export(
+    path, out, *, dtype="fp32", target="boreal", tokenizer=None, allow_nan=False, verify=True, prove=False,
+    max_shard_bytes=hf.MAX_SHARD_BYTES, progress=None,
+):  # fmt: skip
+    """Write the folder.
 
     Args:
         path: a checkpoint or the folder above it.
-        out: the Hugging Face folder.
+        out: the Hugging Face folder; an earlier export there is replaced.
         dtype: "fp32" or "bf16", of the written weights.
+        target: a name of `targets.TARGETS`.
+        tokenizer: a folder whose tokenizer has to be the checkpoint's own; needed where the checkpoint has none.
+        allow_nan: write NaN and infinities, and report them.
+        verify: compare the checkpoint's files with its manifest meanwhile.
+        prove: compare the folder with the training model before it gets its name (`check.prove`), which takes the
+            memory of a whole model in FP32.
+        max_shard_bytes: upper bound of one weight file, unless a single tensor exceeds it.
         progress: called with (tensors written, tensors in all).
 
     Returns:
-        dict: checkpoint, folder, positions compared, max_logit_difference, max_decode_difference.
+        dict: checkpoint, folder, dtype, tensors, bytes, files, not_finite, notes, and with `prove` the report.
 
     Raises:
-        BorealError: the two models disagree; the folder stays for inspection under the name `OUT.disagrees`.
+        BorealError: damaged or incomplete checkpoint, one of another model, wrong tokenizer, NaN, no space, or (kept
+            under the name `OUT.disagrees`) an export that computes something else.
     """
-    path = checkpoint.resolve(path)
-    config = checkpoint.saved_config(path)
-    folder = tokenizer_folder(path, config)
-    tokenizer = Tokenizer.load(folder)
+    path = store.resolve(path)
+    config = store.saved_config(path)
+    if target not in TARGETS:
+        raise BorealError(f"--as {target}: expected one of {', '.join(TARGETS)}")
+    if different := TARGETS[target].check(config.model):
+        raise ProblemsError(f"{path} cannot be exported as {target}; leave out --as, which exports it as it is", different)
+    folder = tokenizer_folder(path, config, tokenizer)
+    words, notes = audit_tokenizer(folder, config.model)
     reader = TensorReader(path)
-    write_hf(
-        out, config.model, reader, tokenizer_folder=folder, dtype=dtype, eos_token_id=tokenizer.eod, progress=progress
-    )
-    ids = sample_ids(config, tokenizer)
-    ours = training_logits(path, config, ids)
-    decoder = _written(out) if dtype == "fp32" else build_hf(config.model, reader, tokenizer.eod).float()
-    with torch.no_grad():
-        theirs = decoder(ids[None]).logits[0]
-        steps = decode_step_by_step(decoder, ids)
-    found = {
-        "checkpoint": str(path),
-        "folder": str(out),
-        "positions": len(ids),
-        "max_logit_difference": (ours - theirs).abs().max().item(),
-        "max_decode_difference": (steps - theirs).abs().max().item(),
-    }
-    worst = max(found["max_logit_difference"], found["max_decode_difference"])
-    if not worst < TOLERANCE:
-        bad = Path(f"{out}.disagrees")
-        shutil.rmtree(bad, ignore_errors=True)
-        Path(out).rename(bad)
-        raise BorealError(
-            f"the exported model's logits differ from the trained model's by {worst:.2e}, expected < {TOLERANCE:.0e}; "
-            f"the folder is kept as {bad}; do not use it, and report the checkpoint's run_config.yaml"
-        )
-    return found
+    audit_tensors(f"{path}/run_config.yaml", training_shapes(TARGETS[target].rules(config.model)), reader)
+    damage = _InBackground(store.verify, path) if verify else None
+    with hf.being_written(out) as unfinished:
+        found = hf.fill(
+            unfinished, config.model, reader, tokenizer_folder=folder, dtype=dtype, eos_token_id=words.eod,
+            target=target, allow_nan=allow_nan, max_shard_bytes=max_shard_bytes, progress=progress,
+        )  # fmt: skip
+        if damage and (problems := damage.result()):
+            raise ProblemsError(f"{path} is damaged; export another checkpoint, or fetch its files again", problems)
+        if prove:
+            found["report"] = check.prove(path, unfinished, dtype, target, keep=Path(f"{out}.disagrees"))
+    return {"checkpoint": str(path), "folder": str(out), "dtype": dtype, **found, "notes": notes}
 
 
-def tokenizer_folder(path, config):
-    """The tokenizer that lies in the checkpoint, or the one the run was given."""
+def tokenizer_folder(path, config, given=None):
+    """The tokenizer that lies in the checkpoint; without one the given one, or the one that the run was given.
+
+    Raises:
+        BorealError: the given one is another than the checkpoint's.
+    """
     inside = Path(path) / "tokenizer"
-    return inside if inside.is_dir() else Path(config.data.tokenizer)
+    if not (inside / "tokenizer.json").is_file():
+        return Path(given or config.data.tokenizer)
+    if given is not None:
+        ours, theirs = Tokenizer.load(given), Tokenizer.load(inside)
+        if ours.fingerprint != theirs.fingerprint:
+            raise BorealError(
+                f"{given} is another tokenizer ({ours.vocab_size} entries, SHA-256 {ours.fingerprint[:12]}...) than "
+                f"the one this checkpoint was trained with ({theirs.vocab_size} entries, {theirs.fingerprint[:12]}...); "
+                f"leave it out: the export takes the checkpoint's own, {inside}"
+            )
+    return inside
 
 
-def sample_ids(config, tokenizer, length=192):
-    """Some ids to compare on: seeded, over the whole vocabulary, longer than two chunks of the recurrence."""
-    length = min(length, config.model.max_positions)
-    return torch.randint(0, tokenizer.vocab_size, (length,), generator=torch.Generator().manual_seed(20))
+def audit_tokenizer(folder, model):
+    """(Tokenizer, list of remarks) of a tokenizer that fits the vocabulary.
+
+    Raises:
+        BorealError: it has ids that the network has no rows for.
+    """
+    words = Tokenizer.load(folder)
+    if words.vocab_size > model.vocab_size:
+        raise BorealError(
+            f"tokenizer {folder} has ids up to {words.vocab_size - 1}, the network has rows for {model.vocab_size} "
+            "(model.vocab_size); it is not the tokenizer of this checkpoint"
+        )
+    unused = model.vocab_size - words.vocab_size
+    return words, [f"{unused} of the {model.vocab_size} vocabulary rows belong to no token of the tokenizer"] * bool(unused)
 
 
-def training_logits(path, config, ids):
-    """[s, v] FP32 logits of the training model, built in this one process in FP32."""
-    from boreal_megatron import parallel
-    from boreal_megatron.config.schema import Parallel
-    from boreal_megatron.data import batch
-    from boreal_megatron.model import boreal
+def audit_tensors(description, expected, reader):
+    """Refuse unless there are exactly the expected tensors.
 
-    alone = config.model_copy(update={"parallel": Parallel(), "precision": "fp32"})
-    mesh = parallel.start(alone.parallel, alone.seed)
-    model = boreal.build(alone, mesh)[0].eval()
-    checkpoint.load_weights(path, alone, model, mesh)
-    with torch.no_grad():
-        return model.logits(batch.of_tokens(ids, mesh.device)).float().cpu()
+    Args:
+        description: the file that says what is expected.
+        expected: name -> shape.
+        reader: with `shapes` and `dtypes`, by name.
 
-
-def decode_step_by_step(decoder, ids):
-    """[s, v] logits of feeding one token at a time through the cache."""
-    out, cache = [], None
-    for position in range(len(ids)):
-        result = decoder(ids[None, position : position + 1], past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
-        out.append(result.logits[0, 0])
-    return torch.stack(out)
+    Raises:
+        ProblemsError: missing, extra, misshapen tensors and unknown dtypes, all in one list.
+    """
+    found, dtypes = reader.shapes, reader.dtypes
+    kinds = [
+        [f"{name}: missing, expected {expected[name]}" for name in expected if name not in found],
+        [f"{name}: found {found[name]}, but the network has no such tensor" for name in found if name not in expected],
+        [f"{name}: found shape {found[name]}, expected {s}" for name, s in expected.items() if found.get(name, s) != s],
+        [f"{name}: found {dtypes[name]}, expected FP32 or BF16" for name in found if dtypes[name] not in shards.CODES],
+    ]
+    if problems := [line for lines in kinds for line in shortened(lines)]:
+        raise ProblemsError(f"the weights are not those of the network that {description} describes", problems)
 
 
-def _written(folder):
-    from transformers import AutoModelForCausalLM
+def shortened(lines):
+    """The first of many lines, and how many more there are."""
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"... and {len(lines) - SHOWN} more like these"]
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+
+class _InBackground:
+    """A function's result, computed beside other work; abandoned when the program ends before."""
+
+    def __init__(self, function, *args):
+        self._found = None
+        self._thread = threading.Thread(target=self._run, args=(function, *args), daemon=True)
+        self._thread.start()
+
+    def _run(self, function, *args):
+        try:
+            self._found = function(*args), None
+        except Exception as error:
+            self._found = None, error
+
+    def result(self):
+        self._thread.join()
+        value, error = self._found
+        if error:
+            raise error
+        return value

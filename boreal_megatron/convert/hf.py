@@ -1,66 +1,132 @@
 """Writes a Hugging Face folder from training tensors, and builds the same model in memory.
 
-The folder holds config.json, generation_config.json, numbered safetensors with their index, the two Python files that
+The folder holds config.json, generation_config.json, numbered safetensors with their index, the Python files that
 `trust_remote_code` needs, and the tokenizer. It appears under its name only once it is complete.
 """
 
+import contextlib
 import json
+import re
 import shutil
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from boreal_megatron.convert import hf_code
+from boreal_megatron.convert import hf_code, shards
 from boreal_megatron.convert.hf_config import hf_config_dict
-from boreal_megatron.convert.mapping import keeps_fp32, mapping, to_hf
+from boreal_megatron.convert.mapping import keeps_fp32, to_hf
+from boreal_megatron.convert.reader import ahead
+from boreal_megatron.convert.targets import TARGETS
 from boreal_megatron.data.tokenizer import TOKENIZER_FILES
 from boreal_megatron.errors import BorealError
 
-INDEX = "model.safetensors.index.json"
-CODE_FILES = ("configuration_boreal.py", "modeling_boreal.py")
 TOKENIZER_CORES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them makes a tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+REPORT = ("export_report.json", "export_report.md")
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+MAX_SHARD_BYTES = 5_000_000_000
+AHEAD = 400_000_000  # bytes of tensors in memory, unless a single one exceeds it
 
 
-def write_hf(
-    folder, model, get, *, tokenizer_folder, dtype, eos_token_id, max_shard_bytes=5_000_000_000, progress=None
-):
-    """Writes an export that `from_pretrained(folder, trust_remote_code=True)` loads without this package.
+def write_hf(folder, model, get, **options):
+    """Writes an export that `from_pretrained(folder, trust_remote_code=True)` loads without this package: `fill` inside
+    `being_written`."""
+    with being_written(folder) as unfinished:
+        return fill(unfinished, model, get, **options)
+
+
+@contextlib.contextmanager
+def being_written(folder):
+    """Gives an empty hidden folder beside `folder`, which gets that name if all goes well and is removed otherwise.
+
+    An earlier export of that name is replaced at the end; anything else is refused.
+    """
+    folder = Path(folder).absolute()
+    unfinished, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "replaced"))
+    with shards.errors_of_writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)  # killed between the two renames below
+        _check_replaceable(folder)
+        for left in (unfinished, replaced):  # by a killed export
+            if left.exists():
+                shutil.rmtree(left)
+        unfinished.mkdir()
+    try:
+        yield unfinished
+        with shards.errors_of_writing(folder):
+            if folder.exists():
+                folder.rename(replaced)
+            unfinished.rename(folder)
+            shards.flush(folder.parent)
+            if replaced.exists():
+                shutil.rmtree(replaced)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def fill(
+    folder, model, get, *, tokenizer_folder, dtype, eos_token_id, target="boreal", allow_nan=False,
+    max_shard_bytes=MAX_SHARD_BYTES, progress=None,
+):  # fmt: skip
+    """Writes all files of an export into an empty folder.
+
+    One training tensor is in memory at a time, with a copy of it where its rows are regrouped.
 
     Args:
-        folder: where it goes; an earlier export there is replaced, anything else is refused.
+        folder: an empty folder.
         model: `schema.Model`.
         get: training name -> full tensor; called once for each name, in the order of the network.
         tokenizer_folder: where tokenizer.json and its companions lie.
         dtype: "fp32" or "bf16"; the few tensors of `mapping.keeps_fp32` stay FP32 in both.
         eos_token_id: one id or a list of ids.
+        target: a name of `targets.TARGETS`.
+        allow_nan: write NaN and infinities as they are.
         max_shard_bytes: upper bound of one weight file, unless a single tensor exceeds it.
         progress: called with (tensors written, tensors in all), or None.
 
-    Raises:
-        BorealError: the folder is taken, the tokenizer is missing, or a tensor has an unexpected shape.
-    """
-    folder = Path(folder)
-    config = hf_config_dict(model, eos_token_id=eos_token_id, dtype=dtype)
-    tokenizer = _tokenizer_files(Path(tokenizer_folder))
-    _check_replaceable(folder)
+    Returns:
+        dict: tensors, bytes (of weight files), files, not_finite (name -> count of NaN and infinities).
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)  # what an interrupted export left
-    unfinished.mkdir()
-    try:
-        _write_weights(unfinished, model, get, DTYPES[dtype], max_shard_bytes, progress)
-        _write_json(unfinished / "config.json", config)
-        _write_json(unfinished / "generation_config.json", _generation_config(eos_token_id))
-        for file in (*tokenizer, *(Path(hf_code.__path__[0]) / name for name in CODE_FILES)):
-            shutil.copyfile(file, unfinished / file.name)
-        _put_in_place(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    Raises:
+        BorealError: no tokenizer, no space, a tensor of an unexpected shape, numbers that are not finite.
+    """
+    target = TARGETS[target]
+    config = target.config_dict(model, eos_token_id=eos_token_id, dtype=dtype)
+    tokenizer = _tokenizer_files(Path(tokenizer_folder))
+    rules = target.rules(model)
+    plan = planned(rules, dtype, max_shard_bytes)
+    size = sum(plan.sizes.values())
+    needed, free = size + sum(f.stat().st_size for f in tokenizer) + 10_000_000, shutil.disk_usage(folder).free
+    if free < needed:
+        raise BorealError(
+            f"{folder.parent} has {free / 1e9:.2f} GB free, the export takes {needed / 1e9:.2f} GB; "
+            "free some space, choose another disk, or --dtype bf16"
+        )
+    strange = shards.write(folder, plan, _stream(rules, get), progress)
+    if strange and not allow_nan:
+        raise BorealError(_not_finite(strange))
+    with shards.errors_of_writing(folder):
+        _write_json(folder / shards.INDEX, plan.index)
+        _write_json(folder / "generation_config.json", _generation_config(eos_token_id))
+        for file in (*tokenizer, *(Path(hf_code.__path__[0]) / name for name in target.code_files)):
+            shutil.copyfile(file, folder / file.name)
+        _write_json(folder / "config.json", config)
+        for path in (*(f for f in folder.iterdir() if f.name not in plan.sizes), folder):
+            shards.flush(path)
+    return {"tensors": len(plan.places), "bytes": size, "files": len(plan.sizes), "not_finite": strange}
+
+
+def planned(rules, dtype, max_shard_bytes):
+    """The `shards.Plan` of an export."""
+    entries = [
+        (name, shape, torch.float32 if keeps_fp32(name) else DTYPES[dtype])
+        for rule in rules
+        for name, shape in rule.hf_shapes().items()
+    ]
+    return shards.Plan(entries, max_shard_bytes)
 
 
 def build_hf(model, get, eos_token_id):
@@ -96,36 +162,23 @@ def build_hf(model, get, eos_token_id):
     return decoder.eval()
 
 
-def _write_weights(folder, model, get, dtype, max_shard_bytes, progress):
-    """Writes tensors into numbered files as they come; the count in the names is known, and put, at the end."""
-    total = sum(len(rule.hf) for rule in mapping(model))
-    shards = []  # names in each written file
-    pending, pending_bytes, all_bytes = {}, 0, 0
+def _stream(rules, get):
+    """(name, tensor) in the order of the rules; nothing here may hold a tensor while the next is read."""
+    sizes = [4 * sum(prod(shape) for shape in rule.train.values()) for rule in rules]
+    for pairs in ahead(lambda number: rules[number].to_hf(get), sizes, AHEAD):
+        while pairs:
+            yield pairs.pop(0)
+        del pairs
 
-    def flush():
-        shards.append(list(pending))
-        save_file(pending, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        pending.clear()
 
-    for count, (name, tensor) in enumerate(to_hf(model, get), 1):
-        kind = torch.float32 if keeps_fp32(name) else dtype
-        tensor = tensor.detach().to("cpu", kind, copy=True).contiguous()  # a copy: parts of one tensor share memory
-        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-            pending_bytes = 0
-        pending[name] = tensor
-        pending_bytes += tensor.nbytes
-        all_bytes += tensor.nbytes
-        if progress:
-            progress(count, total)
-    flush()
-
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    _write_json(folder / INDEX, {"metadata": {"total_size": all_bytes}, "weight_map": weight_map})
+def _not_finite(strange, shown=20):
+    lines = [f"{name}: {count:,}" for name, count in list(strange.items())[:shown]]
+    more = [f"... and {len(strange) - shown} more tensors"] if len(strange) > shown else []
+    listed = "\n".join(f"  - {line}" for line in lines + more)
+    return (
+        f"NaN or infinite numbers in {len(strange)} tensors; expected none. Export an earlier checkpoint, or add "
+        f"--allow-nan to look into this one\n{listed}"
+    )
 
 
 def _generation_config(eos_token_id):
@@ -147,29 +200,14 @@ def _check_replaceable(folder):
     """Accepts a free name, an empty folder or an earlier export."""
     if not folder.exists():
         return
-    if folder.is_dir() and (not any(folder.iterdir()) or _is_export(folder)):
+    ours = {"config.json", "generation_config.json", shards.INDEX, "__pycache__", *TOKENIZER_FILES, *REPORT}
+    ours |= {name for target in TARGETS.values() for name in target.code_files}
+    there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    foreign = sorted(name for name in there if name not in ours and not SHARD.fullmatch(name))
+    if folder.is_dir() and not foreign and (not there or shards.INDEX in there):
         return
-    raise BorealError(f"{folder}: found something that is not an export; expected a free name; choose another folder")
-
-
-def _is_export(folder):
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == "boreal" and (folder / INDEX).is_file()
-
-
-def _put_in_place(unfinished, folder):
-    """Renames the finished folder to its name; an earlier export steps aside first and goes last."""
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    if folder.exists():
-        folder.rename(replaced)
-    unfinished.rename(folder)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    found = f" ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''})" if foreign else ""
+    raise BorealError(f"{folder}: found something that is not an export{found}; expected a free name; choose another folder")
 
 
 def _write_json(file, content):

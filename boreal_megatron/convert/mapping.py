@@ -1,16 +1,17 @@
 """Training tensor names and layouts <-> Hugging Face names and layouts, as one list of rules.
 
 Training tensors are full, unsharded and canonical; half-block j = 2 * layer is the mixer, j + 1 the FFN. Every
-training tensor is in exactly one rule, and so is every Hugging Face tensor; a rule reads and writes a few of them,
-which lets a checkpoint larger than memory stream through.
+training tensor is in exactly one rule (stacked experts: each of them in one), and so is every Hugging Face tensor; a
+rule reads and writes a few of them, which lets a checkpoint larger than memory stream through.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from boreal_megatron.config.layout import padded_vocab
 from boreal_megatron.config.pattern import expand
 from boreal_megatron.convert import ops
 from boreal_megatron.errors import BorealError
@@ -19,22 +20,50 @@ from boreal_megatron.errors import BorealError
 # and top-k flips on rounding of the scores. `modeling_boreal.py` keeps the same four when it loads.
 FP32_ENDINGS = ("A_log", "dt_bias", "mlp.gate.weight", "e_score_correction_bias")
 
-
 @dataclass(frozen=True)
 class Rule:
     """Some training tensors and the Hugging Face tensors that hold the same numbers.
 
     Attributes:
-        train: training name -> shape, in the order in which `forward` takes them.
+        train: training name -> shape of what the rule reads of it, in the order in which `forward` takes them.
         hf: Hugging Face names, in the order in which `inverse` takes them.
         forward: training tensors -> tuple of Hugging Face tensors.
         inverse: Hugging Face tensors -> tuple of training tensors.
+        index: the rule reads `tensor[index]`, one of several stacked along the first dim; None: whole tensors.
     """
 
     train: dict[str, tuple[int, ...]]
     hf: tuple[str, ...]
     forward: Callable = ops.same
     inverse: Callable = ops.same
+    index: int | None = None
+
+    def hf_shapes(self):
+        """Hugging Face name -> shape, from running the rule on shapes alone."""
+        blanks = [torch.empty(shape, device="meta") for shape in self.train.values()]
+        return {name: tuple(t.shape) for name, t in zip(self.hf, self.forward(*blanks), strict=True)}
+
+    def to_hf(self, get):
+        """(Hugging Face name, tensor) pairs.
+
+        Args:
+            get: training name -> full tensor. If it has a method `part(name, index)`, stacked tensors are read by that.
+        """
+        tensors = [_checked(name, self._read(get, name), shape, "training") for name, shape in self.train.items()]
+        try:
+            return list(zip(self.hf, self.forward(*tensors), strict=True))
+        except BorealError as error:
+            raise BorealError(f"{', '.join(self.train)}: {error}") from None
+
+    def from_hf(self, get):
+        """(training name, tensor) pairs, of `self.index`; `get` is from Hugging Face name to tensor."""
+        tensors = [_checked(name, get(name), shape, "Hugging Face") for name, shape in self.hf_shapes().items()]
+        return list(zip(self.train, self.inverse(*tensors), strict=True))
+
+    def _read(self, get, name):
+        if self.index is None:
+            return get(name)
+        return get.part(name, self.index) if hasattr(get, "part") else get(name)[self.index]
 
 
 def mapping(model):
@@ -47,12 +76,12 @@ def mapping(model):
         list of `Rule`.
     """
     main, mtp = expand(model.pattern)
-    h, vocab = model.hidden_size, model.vocab_size
-    rules = [_same("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab, h)]
+    h = model.hidden_size
+    rules = [_vocabulary(model, "embedding.word_embeddings.weight", "model.embed_tokens.weight")]
     rules += _layers(model, main, "decoder.layers", "model.layers")
     rules.append(_same("decoder.final_norm.weight", "model.norm.weight", h))
     if not model.tie_embeddings:
-        rules.append(_same("output_layer.weight", "lm_head.weight", vocab, h))
+        rules.append(_vocabulary(model, "output_layer.weight", "lm_head.weight"))
     if mtp is not None:
         rules += [
             _same("mtp.layers.0.enorm.weight", "mtp.pre_fc_norm_embedding.weight", h),
@@ -72,18 +101,27 @@ def to_hf(model, get):
         get: training name -> full tensor.
 
     Raises:
-        BorealError: a tensor's shape is not the network's.
+        BorealError: a tensor's shape is not the network's, or padding holds numbers.
     """
     for rule in mapping(model):
-        tensors = [_checked(name, get(name), shape, "training") for name, shape in rule.train.items()]
-        yield from zip(rule.hf, rule.forward(*tensors), strict=True)
+        yield from rule.to_hf(get)
 
 
 def from_hf(model, get):
-    """Yields (training name, tensor); the inverse of `to_hf`, with `get` from Hugging Face name to tensor."""
+    """Yields (training name, index or None, tensor); the inverse of `to_hf`, with `get` from Hugging Face name to tensor.
+    Those with an index belong stacked."""
     for rule in mapping(model):
-        tensors = rule.inverse(*_checked_hf(rule, [get(name) for name in rule.hf]))
-        yield from zip(rule.train, tensors, strict=True)
+        for name, tensor in rule.from_hf(get):
+            yield name, rule.index, tensor
+
+
+def training_shapes(rules):
+    """Training name -> shape of the full tensor."""
+    shapes = {}
+    for rule in rules:
+        for name, shape in rule.train.items():
+            shapes[name] = shape if rule.index is None else (rule.index + 1, *shape)
+    return shapes
 
 
 def keeps_fp32(hf_name):
@@ -156,23 +194,15 @@ def _dense(model, train, hf):
 
 def _moe(model, train, hf):
     m, h = model.moe, model.hidden_size
-    f, experts = m.expert_hidden_size, range(m.experts)
     at, to = f"{train}.mlp", f"{hf}.mlp"
     return [
         _same(f"{train}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", h),
         _same(f"{at}.router.weight", f"{to}.gate.weight", m.experts, h),
         _same(f"{at}.router.expert_bias", f"{to}.gate.e_score_correction_bias", m.experts),
-        Rule(
-            {f"{at}.experts.experts.linear_fc1.weight": (m.experts, 2 * f, h)},
-            tuple(f"{to}.experts.{e}.{half}_proj.weight" for e in experts for half in ("gate", "up")),
-            ops.split_experts_gate_up,
-            ops.join_experts_gate_up,
-        ),
-        Rule(
-            {f"{at}.experts.experts.linear_fc2.weight": (m.experts, h, f)},
-            tuple(f"{to}.experts.{e}.down_proj.weight" for e in experts),
-            ops.split_experts,
-            ops.join_experts,
+        *(
+            replace(rule, index=e)
+            for e in range(m.experts)
+            for rule in _swiglu(f"{at}.experts.experts", f"{to}.experts.{e}", h, m.expert_hidden_size)
         ),
         *_swiglu(f"{at}.shared_experts", f"{to}.shared_expert", h, m.shared_hidden_size),
     ]
@@ -186,11 +216,19 @@ def _swiglu(train, hf, h, f):
     ]
 
 
+def _vocabulary(model, train, hf):
+    """One row a token; training pads them to a number that every layout divides."""
+    rows, padded = model.vocab_size, padded_vocab(model)
+    return Rule(
+        {train: (padded, model.hidden_size)},
+        (hf,),
+        partial(ops.drop_rows, rows=rows),
+        partial(ops.pad_rows, rows=padded),
+    )
+
+
 def _same(train, hf, *shape):
     return Rule({train: shape}, (hf,))
-
-
-# ---------------------------------------------------------------- checks
 
 
 def _checked(name, tensor, shape, side):
@@ -200,10 +238,3 @@ def _checked(name, tensor, shape, side):
             "check that the weights and the model description belong together"
         )
     return tensor
-
-
-def _checked_hf(rule, tensors):
-    """Refuses shapes that are not the rule's; the expected ones come from running the rule on shapes alone."""
-    blanks = [torch.empty(shape, device="meta") for shape in rule.train.values()]
-    expected = [tuple(blank.shape) for blank in rule.forward(*blanks)]
-    return [_checked(n, t, s, "Hugging Face") for n, t, s in zip(rule.hf, tensors, expected, strict=True)]

@@ -1,11 +1,13 @@
 """Row regroupings between training tensors and Hugging Face tensors: pure, exact, each with its inverse.
 
 Shapes: h hidden, d attention head, Hq query heads, Hkv key/value heads, r = Hq / Hkv; for DeltaNet Hk key heads,
-HV value heads, r = HV / Hk, dk and dv head sizes, C = 2 Hk dk + HV dv channels, W conv width; f FFN width, E experts.
-Rows move, values never change, so a round trip is equal to the bit.
+HV value heads, r = HV / Hk, dk and dv head sizes, C = 2 Hk dk + HV dv channels, W conv width; f FFN width.
+Rows move, values never change, so a round trip is equal to the bit. On meta tensors every function tells its shapes.
 """
 
 import torch
+
+from boreal_megatron.errors import BorealError
 
 
 def split_groups(rows, groups, sizes):
@@ -60,22 +62,20 @@ def join_gate_up(gate, up):
     return (torch.cat((gate, up)),)
 
 
-def split_experts_gate_up(fc1):
-    """[E, 2f, h] -> gate of expert 0, up of expert 0, gate of expert 1, ...: 2E tensors [f, h]."""
-    return tuple(half for expert in fc1 for half in expert.chunk(2))
+def drop_rows(padded, rows):
+    """[padded, h] -> [rows, h]. The rows that go belong to no token; they have to be zero, or numbers would be lost."""
+    extra = padded[rows:]
+    if not extra.is_meta and bool(extra.any()):  # any() counts a NaN
+        raise BorealError(
+            f"rows {rows}..{len(padded) - 1} pad the vocabulary, and {int(extra.count_nonzero())} of their numbers are "
+            "not zero; expected zeros. Something trained on tokens that do not exist: check model.vocab_size"
+        )
+    return (padded[:rows],)
 
 
-def join_experts_gate_up(*halves):
-    return (torch.stack([torch.cat(halves[i : i + 2]) for i in range(0, len(halves), 2)]),)
-
-
-def split_experts(stacked):
-    """[E, ...] -> E tensors."""
-    return stacked.unbind()
-
-
-def join_experts(*experts):
-    return (torch.stack(experts),)
+def pad_rows(weight, rows):
+    """The inverse of `drop_rows`: [v, h] -> [rows, h], with zeros below."""
+    return (torch.cat((weight, weight.new_zeros(rows - len(weight), *weight.shape[1:]))),)
 
 
 def same(tensor):

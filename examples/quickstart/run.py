@@ -89,7 +89,7 @@ def run(args):
     final = last_validation_loss(out / "checkpoints")
 
     title("6/7 export to Hugging Face")
-    boreal("export", out / "checkpoints", hf)
+    boreal("export", out / "checkpoints", hf, "--check")
 
     title("7/7 sentences")
     prompts = ["def ", "The ", "import "]
