@@ -168,7 +168,7 @@ def ahead(produce, sizes, limit):
             with change:
                 change.notify_all()
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, name="read ahead", daemon=True).start()
     try:
         for size in sizes:
             with change:
