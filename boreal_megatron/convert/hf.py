@@ -27,6 +27,7 @@ REPORT = ("export_report.json", "export_report.md")
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 MAX_SHARD_BYTES = 5_000_000_000
 AHEAD = 400_000_000  # bytes of tensors in memory, unless a single one exceeds it
+WRITER = "boreal export"  # in the index, so that no other model's folder is taken for one that may be replaced
 
 
 def write_hf(folder, model, get, **options):
@@ -73,7 +74,7 @@ def fill(
 ):  # fmt: skip
     """Writes all files of an export into an empty folder.
 
-    One training tensor is in memory at a time, with a copy of it where its rows are regrouped.
+    In memory are `AHEAD` bytes of training tensors or a single larger one, with a copy of what is regrouped.
 
     Args:
         folder: an empty folder.
@@ -109,7 +110,8 @@ def fill(
     if strange and not allow_nan:
         raise BorealError(_not_finite(strange))
     with shards.errors_of_writing(folder):
-        _write_json(folder / shards.INDEX, plan.index)
+        index = {**plan.index, "metadata": {**plan.index["metadata"], "writer": WRITER}}
+        _write_json(folder / shards.INDEX, index)
         _write_json(folder / "generation_config.json", _generation_config(eos_token_id))
         for file in (*tokenizer, *(Path(hf_code.__path__[0]) / name for name in target.code_files)):
             shutil.copyfile(file, folder / file.name)
@@ -204,10 +206,17 @@ def _check_replaceable(folder):
     ours |= {name for target in TARGETS.values() for name in target.code_files}
     there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     foreign = sorted(name for name in there if name not in ours and not SHARD.fullmatch(name))
-    if folder.is_dir() and not foreign and (not there or shards.INDEX in there):
+    if folder.is_dir() and not foreign and (not there or _is_export(folder)):
         return
     found = f" ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''})" if foreign else ""
     raise BorealError(f"{folder}: found something that is not an export{found}; expected a free name; choose another folder")
+
+
+def _is_export(folder):
+    try:
+        return json.loads((folder / shards.INDEX).read_text())["metadata"]["writer"] == WRITER
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _write_json(file, content):

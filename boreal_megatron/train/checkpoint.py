@@ -275,14 +275,15 @@ def load(path, config, wrapped, optimizer, mesh):
     same_layout = whole and saved["layout"] == layout(config, mesh)
     template = _sharded(config, wrapped, optimizer, mesh, is_loading=True)
     stored = safe.read_metadata(path).state_dict_metadata
-    wanted = {"model": _stored_only(template["model"], stored)}
+    # By number: megatron-core leaves out a chunk without layers, and a shorter list is no match for the longer one.
+    wanted = {"model": {str(number): _stored_only(chunk, stored) for number, chunk in enumerate(template["model"])}}
     if whole:
         wanted["moments"], slots = _moments(template["optimizer"], stored)
     if same_layout:
         wanted["rng"] = template["rng"]
     values = _read(wanted, stored, path)
-    for chunk, weights in zip(wrapped, values["model"], strict=True):
-        chunk.module.load_state_dict(weights)
+    for number, chunk in enumerate(wrapped):
+        chunk.module.load_state_dict(values["model"].get(str(number), {}))
     state = State.from_dict(saved["state"])
     if whole:
         network = {_place(e.key, e): e.data for e in nested_values(template["model"]) if _is_tensor(e)}
@@ -291,6 +292,7 @@ def load(path, config, wrapped, optimizer, mesh):
         optim.load(optimizer, filled, state.step)
     else:
         optimizer.reload_model_params()
+        optim.prime(optimizer)  # the template was made by a load, which gave all parameters one step
     if same_layout:
         platform.current().set_rng_state(values["rng"])
     return state

@@ -4,9 +4,10 @@ import json
 import shutil
 
 import pytest
+from boreal_megatron import checkpoint_tools
 from boreal_megatron.cli import main
 from boreal_megatron.config.load import load
-from boreal_megatron.errors import ProblemsError
+from boreal_megatron.errors import BorealError, ProblemsError
 from boreal_megatron.train import loop, optim, store
 from tests.support.launch import boreal, metrics, write_config
 
@@ -61,21 +62,36 @@ def test_diff(run, capsys):
     assert "181 tensors are equal, 0 differ" in said(capsys, "checkpoint", "diff", paths[0], paths[0])
 
 
-def test_reshard_to_another_layout_and_optimizer_trains_on(run, capsys, tmp_path):
+def resharded(capsys, source, out):
+    """What `diff` says after a reshard to the optimizer that is not distributed, whose master weights are the weights."""
+    found = json.loads(said(capsys, "checkpoint", "diff", source, out, "--json", expect=1))
+    assert found["changed"] == {} and found["state"] == {} and found["only_b"] == []
+    assert len(found["only_a"]) == 45 and all(name.startswith("optimizer.state.param.") for name in found["only_a"])
+    return found["config"].keys() - {"checkpoint.folder"}
+
+
+def test_reshard_to_another_optimizer(run, capsys, tmp_path):
+    source, out = folder_of(run[0]) / "iter_0000002", tmp_path / "resharded"
+    assert checkpoint_tools.reshard(source, out, ["optimizer.distributed=false"], world=1) == out / "iter_0000002"
+    assert resharded(capsys, source, out) == {"optimizer.distributed"}
+    with pytest.raises(BorealError, match="has checkpoints already"):
+        checkpoint_tools.reshard(source, out, [], world=1)
+    assert main(["checkpoint", "reshard", str(source), str(tmp_path / "new"), "parallel.tensor"]) == 1
+    assert "'parallel.tensor' is no override" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_reshard_to_another_layout_trains_on(run, capsys, tmp_path):
     """From one process to tensor 2 without the distributed optimizer: the tensors are equal, and so are the next losses."""
     config, _ = run
     source, out = folder_of(config) / "iter_0000002", tmp_path / "resharded"
     layout = ["parallel.tensor=2", "parallel.sequence_parallel=true", "optimizer.distributed=false"]
     assert f"wrote {out}/iter_0000002" in boreal(2, "checkpoint", "reshard", source, out, *layout)
-    found = json.loads(said(capsys, "checkpoint", "diff", source, out, "--json", expect=1))
-    assert found["changed"] == {} and found["state"] == {} and found["only_b"] == []
-    assert len(found["only_a"]) == 45 and all(name.startswith("optimizer.state.param.") for name in found["only_a"])
-    assert found["config"].keys() == {"parallel.tensor", "parallel.sequence_parallel", "optimizer.distributed", "checkpoint.folder"}
-    assert "has checkpoints already" in boreal(1, "checkpoint", "reshard", source, out, expect=1)
+    assert resharded(capsys, source, out) == {"parallel.tensor", "parallel.sequence_parallel", "optimizer.distributed"}
     boreal(2, "train", out / "iter_0000002" / "run_config.yaml")
-    expected, resharded = metrics(folder_of(config)), metrics(out)
-    assert list(resharded) == [3, 4, 5]
-    for step, record in resharded.items():
+    expected, ours = metrics(folder_of(config)), metrics(out)
+    assert list(ours) == [3, 4, 5]
+    for step, record in ours.items():
         assert record["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5)
         assert record["raw_tokens"] == expected[step]["raw_tokens"]
 

@@ -155,6 +155,10 @@ def test_existing_folders(written, weights, tmp_path):
     before = (out / "config.json").stat().st_ino
     export(path, out)
     assert (out / "config.json").stat().st_ino != before and sorted(os.listdir(tmp_path)) == ["hf", "run"]
+    index = out / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("boreal export", "somebody else"))  # a model that was downloaded
+    with pytest.raises(BorealError, match="not an export"):
+        export(path, out)
     (tmp_path / "file").write_text("precious")
     with pytest.raises(BorealError, match="not an export"):
         export(path, tmp_path / "file")
