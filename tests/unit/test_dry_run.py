@@ -182,6 +182,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_planted_mistakes_are_named(tmp_path):
     config = write(tmp_path / "config.yaml", EVERYTHING)
     found = answer(python(PLANTED, config))
