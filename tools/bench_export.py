@@ -23,9 +23,10 @@ import torch
 
 from boreal_megatron.config.presets import PRESETS
 from boreal_megatron.config.schema import Config, Model
-from boreal_megatron.convert import hf, shards, writer
+from boreal_megatron.convert import hf, writer
 from boreal_megatron.convert.export import export
 from boreal_megatron.convert.mapping import keeps_fp32, mapping
+from boreal_megatron.data.indexed import flush
 from boreal_megatron.data.tokenizer import train_bpe
 from boreal_megatron.plan import params
 from boreal_megatron.train import store
@@ -154,7 +155,7 @@ def plain(checkpoint, out):
         tensors = {n: torch.zeros(p.shape, dtype=p.dtype).fill_(0.02) for n, p in plan.places.items() if p.file == file}
         began = time.perf_counter()
         save_file(tensors, out / file, metadata={"format": "pt"})
-        shards.flush(out / file)
+        flush(out / file)
         seconds += time.perf_counter() - began
     return seconds, sum(plan.sizes.values())
 

@@ -18,6 +18,7 @@ from boreal_megatron.convert.hf_config import hf_config_dict
 from boreal_megatron.convert.mapping import keeps_fp32, to_hf
 from boreal_megatron.convert.reader import ahead
 from boreal_megatron.convert.targets import TARGETS
+from boreal_megatron.data.indexed import flush
 from boreal_megatron.data.tokenizer import TOKENIZER_FILES
 from boreal_megatron.errors import BorealError
 
@@ -60,7 +61,7 @@ def being_written(folder):
             if folder.exists():
                 folder.rename(replaced)
             unfinished.rename(folder)
-            shards.flush(folder.parent)
+            flush(folder.parent)
             if replaced.exists():
                 shutil.rmtree(replaced)
     except BaseException:
@@ -117,7 +118,7 @@ def fill(
             shutil.copyfile(file, folder / file.name)
         _write_json(folder / "config.json", config)
         for path in (*(f for f in folder.iterdir() if f.name not in plan.sizes), folder):
-            shards.flush(path)
+            flush(path)
     return {"tensors": len(plan.places), "bytes": size, "files": len(plan.sizes), "not_finite": strange}
 
 

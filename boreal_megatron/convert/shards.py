@@ -215,11 +215,6 @@ def errors_of_writing(folder):
         raise BorealError(f"the export cannot be written to {folder}: {store.why(error)}") from error
 
 
-def flush(path):
-    """Make a file, or a folder's list of names, durable."""
-    _flush_and_close(os.open(path, os.O_RDONLY))
-
-
 def _write_tensor(handle, tensor, place):
     """Write it block by block; returns how many of the written numbers are NaN or infinite."""
     at, bad = place.first, 0

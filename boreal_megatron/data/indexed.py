@@ -57,9 +57,9 @@ def meta_path(prefix):
     return Path(f"{prefix}.meta.json")
 
 
-def sync_folder(folder):
-    """Makes renames in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path):
+    """Makes a file, or a folder's list of names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -196,9 +196,9 @@ class IndexedWriter:
                 idx_path(self.prefix).unlink(missing_ok=True)
                 meta_path(self.prefix).unlink(missing_ok=True)
                 os.replace(self._bin.path, bin_path(self.prefix))
-                sync_folder(self.prefix.parent)
+                flush(self.prefix.parent)
                 os.replace(idx.path, idx_path(self.prefix))
-                sync_folder(self.prefix.parent)
+                flush(self.prefix.parent)
         except BaseException:
             if idx is not None:
                 idx.discard()

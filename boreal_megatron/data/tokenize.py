@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from boreal_megatron.data.indexed import IndexedWriter, best_dtype, meta_path, sync_folder, write_errors
+from boreal_megatron.data.indexed import IndexedWriter, best_dtype, flush, meta_path, write_errors
 from boreal_megatron.data.tokenizer import Tokenizer
 from boreal_megatron.errors import BorealError, ProblemsError
 
@@ -503,7 +503,7 @@ def _write_meta(path, meta):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-            sync_folder(path.parent)
+            flush(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -26,6 +26,7 @@ from pathlib import Path
 import yaml
 
 from boreal_megatron.config import load as config_load
+from boreal_megatron.data.indexed import flush
 from boreal_megatron.data.tokenizer import TOKENIZER_FILES
 from boreal_megatron.errors import BorealError, ProblemsError
 
@@ -220,7 +221,7 @@ def read_back(partial, writer, files):
     try:
         for file in files:
             written = sha256(file)
-            _flush(file)
+            flush(file)
             _forget(file)
             again = sha256(file)
             if written != again:
@@ -273,9 +274,9 @@ def finish(partial, config, record, writers=()):
         for file in sorted(f for f in partial.rglob("*") if f.is_file()):
             relative = str(file.relative_to(partial))
             if relative not in files:
-                _flush(file)
+                flush(file)
                 files[relative] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        _flush(partial / "tokenizer")
+        flush(partial / "tokenizer")
         write_atomically(partial / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1))
         _publish(partial, final)
         write_atomically(folder / TRACKER, f"{step_of(final)}\n")
@@ -291,7 +292,7 @@ def _publish(partial, final):
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -322,9 +323,9 @@ def write_atomically(path, text):
     """A small file that is either the old or the new one, whatever happens."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
-    _flush(temporary)
+    flush(temporary)
     temporary.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 @functools.cache
@@ -370,14 +371,6 @@ def flat(values, prefix=""):
     for key, value in values.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
-
-
-def _flush(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _forget(path):
