@@ -26,7 +26,7 @@ from boreal_megatron.config.schema import Config, Model
 from boreal_megatron.convert import hf, writer
 from boreal_megatron.convert.export import export
 from boreal_megatron.convert.mapping import keeps_fp32, mapping
-from boreal_megatron.data.indexed import flush
+from boreal_megatron.durable import flush
 from boreal_megatron.data.tokenizer import train_bpe
 from boreal_megatron.plan import params
 from boreal_megatron.train import store

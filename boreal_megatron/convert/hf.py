@@ -18,7 +18,7 @@ from boreal_megatron.convert.hf_config import hf_config_dict
 from boreal_megatron.convert.mapping import keeps_fp32, to_hf
 from boreal_megatron.convert.reader import ahead
 from boreal_megatron.convert.targets import TARGETS
-from boreal_megatron.data.indexed import flush
+from boreal_megatron.durable import flush
 from boreal_megatron.data.tokenizer import TOKENIZER_FILES
 from boreal_megatron.errors import BorealError
 

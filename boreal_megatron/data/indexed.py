@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from boreal_megatron.durable import flush
 from boreal_megatron.errors import BorealError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -55,15 +56,6 @@ def idx_path(prefix):
 def meta_path(prefix):
     """The description that preprocessing writes beside the two files."""
     return Path(f"{prefix}.meta.json")
-
-
-def flush(path):
-    """Makes a file, or a folder's list of names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

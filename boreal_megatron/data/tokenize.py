@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from boreal_megatron.data.indexed import IndexedWriter, best_dtype, flush, meta_path, write_errors
+from boreal_megatron.data.indexed import IndexedWriter, best_dtype, meta_path, write_errors
 from boreal_megatron.data.tokenizer import Tokenizer
+from boreal_megatron.durable import flush
 from boreal_megatron.errors import BorealError, ProblemsError
 
 CHUNK_BYTES = 4 << 20

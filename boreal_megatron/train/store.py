@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from boreal_megatron.config import load as config_load
-from boreal_megatron.data.indexed import flush
+from boreal_megatron.durable import flush, write_atomically
 from boreal_megatron.data.tokenizer import TOKENIZER_FILES
 from boreal_megatron.errors import BorealError, ProblemsError
 
@@ -317,15 +317,6 @@ def retire(folder, current, keep_last, keep_every):
         path.rename(doomed)
         shutil.rmtree(doomed)
     return gone
-
-
-def write_atomically(path, text):
-    """A small file that is either the old or the new one, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    flush(temporary)
-    temporary.replace(path)
-    flush(path.parent)
 
 
 @functools.cache
