@@ -51,3 +51,41 @@ def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
 def document_of(positions: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Document index of every position, same shape, int64; positions past the last document get N."""
     return torch.searchsorted(cu_seqlens[1:].to(positions.dtype), positions, right=True)
+
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def expect_kernel_dtypes(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every floating tensor is of a dtype that the kernels read; they compute in FP32."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            raise ValueError(
+                f"{op}: {name}: found {tensor.dtype}, expected one of {', '.join(map(str, KERNEL_DTYPES))}; "
+                "backend='torch' takes any"
+            )
+
+
+def strided_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """How a kernel walks the rows of x [.., D]: (x, group, outer, inner), where row r begins at element
+
+        (r // group) * outer + (r % group) * inner
+
+    A view of a wider tensor is walked where it lies, if two strides are enough and its last dim is dense; else x is a
+    contiguous copy.
+    """
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    levels = []  # (size, stride), outermost first, neighbours merged
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = (levels[-1][0] * size, stride)
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return strided_rows(x.contiguous())
+    if len(levels) == 2:
+        return x, levels[1][0], levels[0][1], levels[1][1]
+    return x, 1, levels[0][1] if levels else x.shape[-1], 0

@@ -1,7 +1,19 @@
-"""Shared by the kernel tests: seeded inputs, gradients by name, memory whose unused parts are NaN."""
+"""Shared by the kernel tests: seeded inputs, gradients by name, memory whose unused parts are NaN.
+
+Kernels run on the GPU where there is one, else Triton interprets them on the CPU.
+"""
 
 import pytest
 import torch
+from boreal_kernels import testing
+
+if not torch.cuda.is_available():
+    testing.interpret()
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

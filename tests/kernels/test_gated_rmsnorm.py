@@ -1,8 +1,11 @@
-"""gated_rmsnorm: against the formula in float64, output and every gradient. FP32 tolerance 1e-5 relative, absolute."""
+"""gated_rmsnorm: plain torch against the formula in float64, output and every gradient, FP32 tolerance 1e-5 relative,
+absolute; the kernels against plain torch in float64, tolerances in TOLERANCE of the largest value."""
 
 import pytest
 import torch
-from boreal_kernels import gated_rmsnorm
+from boreal_kernels import gated_rmsnorm, testing
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3}  # bf16: an output's own rounding is 2^-9
 
 
 def by_hand(x, gate, weight, eps, activation):
@@ -66,3 +69,57 @@ def test_misuse_is_named(change, message):
     gated_rmsnorm(**good)
     with pytest.raises(ValueError, match=message):
         gated_rmsnorm(**{**good, **change})
+
+
+def made(lead, D, dtype, device, scale=1.0):
+    generator = torch.Generator().manual_seed(11)
+    draw = lambda *shape: (scale * torch.randn(*shape, generator=generator)).to(device, dtype)  # noqa: E731
+    return dict(x=draw(*lead, D), gate=draw(*lead, D), weight=draw(D) / scale, eps=1e-6, activation="silu")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("lead, D", [((), 128), ((1,), 64), ((63,), 128), ((2, 65, 3), 64), ((1, 500, 2), 7)])
+def test_kernels(device, lead, D, dtype):
+    for activation in ("silu", "sigmoid"):
+        inputs = made(lead, D, dtype, device) | {"activation": activation}
+        with testing.poisoned_memory():
+            found = testing.errors(gated_rmsnorm, inputs, "triton")
+        testing.assert_within(found, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_kernels_with_large_and_tiny_norms(device, scale):
+    testing.assert_within(testing.errors(gated_rmsnorm, made((65,), 64, torch.float32, device, scale), "triton"), 2e-6)
+
+
+def test_kernels_walk_views(device):
+    """The gate is a slice of the fused projection, the gradient of the output a slice of something wider."""
+    inputs = made((1, 33, 4), 64, torch.bfloat16, device)
+    views = inputs | {name: testing.spread(inputs[name]) for name in ("x", "gate")}
+    assert views["gate"].stride(-2) == 80
+    a, b = (testing.run_both_ways(gated_rmsnorm, x, "triton") for x in (inputs, views))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    x, gate, weight = (inputs[name].requires_grad_() for name in ("x", "gate", "weight"))
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    grads = []
+    for grad in (dy, testing.spread(dy), dy.transpose(1, 2).contiguous().transpose(1, 2)):
+        y = gated_rmsnorm(x, gate, weight, eps=1e-6, activation="silu", backend="triton")
+        grads.append(torch.autograd.grad(y, (x, gate, weight), grad))
+    assert all(torch.equal(p, q) for other in grads[1:] for p, q in zip(grads[0], other, strict=True))
+
+
+def test_kernels_repeat_bit_for_bit_and_are_custom_ops(device):
+    from boreal_kernels.gated_rmsnorm import fused
+
+    inputs = made((1, 65, 2), 64, torch.bfloat16, device)
+    first = testing.run_both_ways(gated_rmsnorm, inputs, "triton")
+    again = testing.run_both_ways(gated_rmsnorm, inputs, "triton")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    leaves = [inputs[name].requires_grad_() for name in ("x", "gate", "weight")]
+    torch.library.opcheck(fused.gated_rmsnorm, (*leaves, 1e-6, "silu"))
+
+
+def test_kernels_refuse_what_they_do_not_read(device):
+    inputs = {n: x.double() if torch.is_tensor(x) else x for n, x in made((2,), 8, torch.float32, device).items()}
+    with pytest.raises(ValueError, match=r"x: found torch.float64, expected one of .*backend='torch' takes any"):
+        gated_rmsnorm(**inputs, backend="triton")

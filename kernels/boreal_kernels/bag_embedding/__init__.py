@@ -21,7 +21,7 @@ def bag_embedding(
     that do not fit. Source: token superposition training (arXiv 2605.06546).
     """
     op = "bag_embedding"
-    resolve(backend, op)
+    resolve(backend, op, device=weight.device)
     expect_dims(op, "ids", ids, "[k, T]", 2)
     expect_dims(op, "weight", weight, "[v/tp, h]", 2)
     expect_integers(op, "ids", ids)

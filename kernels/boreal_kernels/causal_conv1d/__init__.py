@@ -29,7 +29,7 @@ def causal_conv1d(
     Source: Gated DeltaNet (arXiv 2412.06464), short convolution.
     """
     op = "causal_conv1d"
-    resolve(backend, op)
+    resolve(backend, op, device=x.device)
     expect_one_of(op, "activation", activation, ACTIVATIONS)
     expect_dims(op, "x", x, "[B, T, C]", 3)
     expect_dims(op, "weight", weight, "[C, W]", 2)

@@ -42,7 +42,7 @@ def gated_delta_rule(
     shapes that do not fit. Source: Gated DeltaNet (arXiv 2412.06464).
     """
     op = "gated_delta_rule"
-    resolve(backend, op)
+    resolve(backend, op, device=q.device)
     expect_dims(op, "q", q, "[B, T, H, K]", 4)
     expect_dims(op, "v", v, "[B, T, HV, V]", 4)
     B, T, H, K = q.shape

@@ -35,7 +35,7 @@ def multi_hot_cross_entropy(
     Source: token superposition training (arXiv 2605.06546); at k = 1 the usual vocabulary-parallel cross entropy.
     """
     op = "multi_hot_cross_entropy"
-    resolve(backend, op)
+    resolve(backend, op, device=logits.device)
     expect_dims(op, "logits", logits, "[T, v/tp]", 2)
     _check_targets(op, logits.shape[0], targets, target_weight)
     return reference.multi_hot_cross_entropy(logits, targets, target_weight, tp_group=tp_group)
@@ -57,7 +57,7 @@ def linear_multi_hot_cross_entropy(
     reduction (all-reduce, or reduce-scatter under sequence parallelism). The gradient of weight is whole.
     """
     op = "linear_multi_hot_cross_entropy"
-    resolve(backend, op)
+    resolve(backend, op, device=hidden.device)
     expect_dims(op, "hidden", hidden, "[T, h]", 2)
     expect_dims(op, "weight", weight, "[v/tp, h]", 2)
     expect_shape(op, "weight", weight, "[v/tp, h]", (weight.shape[0], hidden.shape[1]))
