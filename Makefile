@@ -6,6 +6,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := quickstart-run
+# A file's tests share what they set up, so they stay in one process.
+WORKERS := -n 2 --dist loadfile
 
 .PHONY: quickstart test test-all clean
 
@@ -13,10 +15,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/run.py --out "$(OUT)" $(if $(TEXT),--text "$(TEXT)") $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 # Installed once; again only when what is to be installed changes.
 $(VENV)/.installed: setup.py pyproject.toml tools/make_venv.sh

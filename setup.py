@@ -27,7 +27,7 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "export": ["transformers>=5.23"],
         "plot": ["matplotlib"],
-        "test": ["pytest"],
+        "test": ["pytest", "pytest-xdist"],
     },
     entry_points={"console_scripts": ["boreal=boreal_megatron.cli:main"]},
 )

@@ -210,6 +210,14 @@ class Log(Frozen):
     every_steps: Positive = 10
 
 
+class Kernels(Frozen):
+    """Implementations of `boreal_kernels`' operations. `auto` takes the best one that the device and the installed
+    versions allow, and the run says which and why; a name runs as named or stops the run."""
+
+    delta_rule: Literal["auto", "triton", "fla", "flash_qla", "torch"] = "auto"
+    others: Literal["auto", "triton", "torch"] = "auto"
+
+
 class Config(Frozen):
     """A whole run. `check.py` says what is wrong with it beyond types.
 
@@ -229,4 +237,5 @@ class Config(Frozen):
     checkpoint: Checkpoint
     evaluation: Evaluation = Evaluation()
     log: Log = Log()
+    kernels: Kernels = Kernels()
     seed: int = 1234

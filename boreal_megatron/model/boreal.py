@@ -10,6 +10,7 @@ from boreal_megatron.model import head, rope
 from boreal_megatron.model.config import transformer_config
 from boreal_megatron.model.embedding import BagEmbedding
 from boreal_megatron.model.init import initialise
+from boreal_megatron.model.kernels import chosen
 from boreal_megatron.model.packing import Packing
 from boreal_megatron.model.spec import stack_spec
 
@@ -25,9 +26,10 @@ class BorealModel(HybridModel):
 
     def __init__(self, config, settings, mesh, number):
         pipeline = mesh.groups.pp
+        kernels = chosen(config.kernels, config.model.gdn.head_dim, mesh.device)
         super().__init__(
             config=settings,
-            hybrid_stack_spec=stack_spec(config.model, config.parallel.context_deltanet),
+            hybrid_stack_spec=stack_spec(config.model, kernels, config.parallel.context_deltanet),
             vocab_size=padded_vocab(config.model),
             max_sequence_length=config.model.max_positions,
             hybrid_layer_pattern=stage_pattern(config.model.pattern, config.parallel),
@@ -39,16 +41,21 @@ class BorealModel(HybridModel):
             vp_stage=number if config.parallel.virtual_pipeline > 1 else None,
         )
         self.description = config.model
+        self.kernels = kernels
         self.expert_loads = None  # [MoE layers, experts] of the last global batch, see train/optim.py
         if hasattr(self, "embedding"):
-            BagEmbedding.adopt(self.embedding.word_embeddings)
+            BagEmbedding.adopt(self.embedding.word_embeddings, kernels["bag_embedding"].backend)
             if self.share_embeddings_and_output_weights and self.post_process:
                 # Where the MTP block has an embedding of its own, on a last stage that is not the first, the tied
                 # head uses that one; HybridModel allocates a second weight there, and nothing reads it.
                 self.output_layer.weight = None
 
-    def forward(self, batch):
+    def forward(self, batch, mtp_weight=None):
         """A micro-batch through this chunk.
+
+        Args:
+            mtp_weight: in training, the weight of the MTP loss in what is differentiated (`head.loss_function`); None
+                where anything else may be.
 
         Returns:
             The last chunk: the loss vector of `head.Losses`, [4] FP32. Others: hidden [s/tp, 1, h].
@@ -56,7 +63,6 @@ class BorealModel(HybridModel):
         hidden, common = self._decode(batch)
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         mtp = None
         if self.mtp_process:
             both = self.mtp(
@@ -68,8 +74,8 @@ class BorealModel(HybridModel):
                 **common,
             )
             hidden, ahead = both.chunk(2, dim=0)
-            mtp = self._loss(weight, ahead, batch.mtp_labels, batch.mtp_label_weight)
-        main = self._loss(weight, hidden, batch.labels, batch.label_weight)
+            mtp = self._loss(ahead, batch.mtp_labels, batch.mtp_label_weight, mtp_weight)
+        main = self._loss(hidden, batch.labels, batch.label_weight, None if mtp_weight is None else 1.0)
         return head.Losses.pack(main, mtp)
 
     def logits(self, batch):
@@ -88,9 +94,19 @@ class BorealModel(HybridModel):
         hidden = self.embedding(input_ids=batch.ids, position_ids=None) if self.pre_process else None
         return self.decoder(hidden_states=hidden, attention_mask=None, **common), common
 
-    def _loss(self, weight, hidden, labels, label_weight):
-        vocab_size, group = self.description.vocab_size, self.pg_collection.tp
-        return head.multi_hot_loss(self.output_layer, weight, hidden, labels, label_weight, vocab_size, group)
+    def _loss(self, hidden, labels, label_weight, promise):
+        tied = self.share_embeddings_and_output_weights
+        return head.multi_hot_loss(
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            hidden,
+            labels,
+            label_weight,
+            vocab_size=self.description.vocab_size,
+            tp_group=self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
+            promise=promise,
+            backend=self.kernels["linear_multi_hot_cross_entropy"].backend,
+        )
 
 
 def build(config, mesh):

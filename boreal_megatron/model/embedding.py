@@ -19,15 +19,18 @@ class BagEmbedding(VocabParallelEmbedding):
     """
 
     @classmethod
-    def adopt(cls, embedding):
+    def adopt(cls, embedding, backend):
         """Turn a built VocabParallelEmbedding into this class; the weight and its checkpoint name stay."""
         embedding.__class__ = cls
+        embedding.backend = backend
         return embedding
 
     def forward(self, ids):
         k, b, s = ids.shape
         flat = ids.reshape(k, b * s)
-        out = bag_embedding(flat, self.weight, vocab_start=self.vocab_start_index, valid=flat >= 0)
+        out = bag_embedding(
+            flat, self.weight, vocab_start=self.vocab_start_index, valid=flat >= 0, backend=self.backend
+        )
         out = out.view(b, s, -1)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(out.transpose(0, 1).contiguous(), group=self.tp_group)

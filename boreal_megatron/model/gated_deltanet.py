@@ -34,6 +34,7 @@ class GatedDeltaNet(MegatronModule):
     Args:
         shape: `config.schema.GDN`.
         column_linear, row_linear: the parallel linear classes.
+        kernels: `model.kernels.chosen`, which implementations run.
         context_mode: how context-parallel ranks share the row. "state": each runs its own chunk, and they hand the
             recurrent state on. "heads": each runs the whole row for its share of the heads.
     """
@@ -47,6 +48,7 @@ class GatedDeltaNet(MegatronModule):
         column_linear,
         row_linear,
         pg_collection,
+        kernels,
         context_mode="state",
         pp_layer_offset=None,
         name=None,
@@ -63,6 +65,9 @@ class GatedDeltaNet(MegatronModule):
         self.heads = shape.key_heads // tp  # H
         self.group = shape.value_heads // shape.key_heads  # R
         self.head_dim = shape.head_dim  # K
+        self.conv = partial(causal_conv1d, backend=kernels["causal_conv1d"].backend)
+        self.rule = partial(gated_delta_rule, backend=kernels["gated_delta_rule"].backend)
+        self.norm = partial(gated_rmsnorm, backend=kernels["gated_rmsnorm"].backend)
         self.activation = shape.gate
         self.eps = config.layernorm_epsilon
         width = (2 + self.group) * self.head_dim  # conv channels of one key head
@@ -117,7 +122,8 @@ class GatedDeltaNet(MegatronModule):
         # Every rank normalises its own heads with the same weight, so the weight's gradient is summed over tensor
         # parallel ranks here, with sequence parallelism and without (Megatron-LM#7452 is the sum left out).
         weight = copy_to_tensor_model_parallel_region(self.out_norm.weight, group=self.tp_group)
-        out = gated_rmsnorm(out, z.reshape(out.shape), weight, eps=self.eps, activation=self.activation)
+        z = z.unflatten(-1, (self.group, self.head_dim))  # [1, t, H, R, K], a view
+        out = self.norm(out.reshape(z.shape), z, weight, eps=self.eps, activation=self.activation)
         return out.reshape(1, t, -1).transpose(0, 1).contiguous()
 
     def whole(self, qkv, b, a, packing):
@@ -152,7 +158,7 @@ class GatedDeltaNet(MegatronModule):
         before = F.pad(before.mT[None], (0, 0, 0, 0, 0, fresh))  # [n, C, W-1]
         q, k, v, a, b = self.convolve(qkv, b, a, self.conv1d.weight, cu_seqlens, before)
         last = context.last_stretch(edges, t, group)
-        _, state, transition = gated_delta_rule(
+        _, state, transition = self.rule(
             *(x[:, last:] for x in (q, k, v, a, b)),
             self.A_log,
             self.dt_bias,
@@ -161,7 +167,7 @@ class GatedDeltaNet(MegatronModule):
         )
         state = context.entering_state(state[0], transition[0], edges, t, group)  # [H*R, K, K]
         state = F.pad(state[None], (0, 0, 0, 0, 0, 0, 0, fresh))  # [n, H*R, K, K]
-        out, _, _ = gated_delta_rule(
+        out, _, _ = self.rule(
             q, k, v, a, b, self.A_log, self.dt_bias, cu_seqlens=cu_seqlens, initial_state=state
         )
         return out
@@ -169,18 +175,16 @@ class GatedDeltaNet(MegatronModule):
     def mix_row(self, qkv, b, a, weight, A_log, dt_bias, cu_seqlens):
         """Convolution and rule of a whole row, for the heads that are given."""
         inputs = self.convolve(qkv, b, a, weight, cu_seqlens)
-        out, _, _ = gated_delta_rule(*inputs, A_log, dt_bias, cu_seqlens=cu_seqlens)
+        out, _, _ = self.rule(*inputs, A_log, dt_bias, cu_seqlens=cu_seqlens)
         return out
 
     def convolve(self, qkv, b, a, weight, cu_seqlens, initial_state=None):
         """The rule's arguments: q, k [1, t, H, K], v [1, t, H*R, K], a, b [1, t, H*R]."""
-        (_, t, heads, _), K = qkv.shape, self.head_dim
-        qkv, _ = causal_conv1d(
-            qkv.reshape(1, t, -1), weight, activation="silu", cu_seqlens=cu_seqlens, initial_state=initial_state
+        K, R = self.head_dim, self.group
+        (q, k, v), _ = self.conv(
+            qkv, weight, activation="silu", cu_seqlens=cu_seqlens, initial_state=initial_state, split=(K, K, R * K)
         )
-        q, k, v = qkv.view(1, t, heads, -1).split([K, K, self.group * K], dim=-1)
-        value_heads = heads * self.group
-        return q, k, v.reshape(1, t, value_heads, K), a.reshape(1, t, value_heads), b.reshape(1, t, value_heads)
+        return q, k, v.unflatten(-1, (R, K)).flatten(2, 3), a.flatten(2), b.flatten(2)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         own = {name: self.get_parameter(name) for name in (*SHARDED, "out_norm.weight")}

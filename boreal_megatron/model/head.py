@@ -8,30 +8,47 @@ Both sums are divided by the same global count, so the objective does not depend
 """
 
 import torch
-from boreal_kernels import multi_hot_cross_entropy
+from boreal_kernels import linear_multi_hot_cross_entropy
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 
 
-def multi_hot_loss(output_layer, weight, hidden, labels, label_weight, vocab_size, tp_group):
+def multi_hot_loss(
+    weight, hidden, labels, label_weight, *, vocab_size, tp_group, sequence_parallel, promise=None, backend="auto"
+):
     """Mean over each position's k targets of the cross-entropy: logsumexp minus the mean target logit
-    (arXiv 2605.06546).
+    (arXiv 2605.06546). Head and loss are one operation, which never holds all logits.
+
+    Where the weight has a gradient buffer of megatron-core's (`main_grad`), its gradient is added there and nowhere else.
 
     Args:
-        output_layer: the column-parallel head; `weight` its weight when tied, else None.
+        weight: [v/tp, h], of the embedding when tied.
         hidden: [s/sp, 1, h].
         labels: [k, 1, s] int64. label_weight: [k, 1, s] FP32, 1/k on a valid target slot and 0 elsewhere.
         vocab_size: rows of the head from there on are padding.
+        promise: what the gradient of loss_sum will be. Gradients are then computed on the way forward, which saves a
+            matrix product over the vocabulary; a promise that is not kept makes them NaN. None: any gradient.
 
     Returns:
         (loss_sum, weight_sum), FP32 scalars in units of target slots.
     """
-    k, b, s = labels.shape
-    logits, _ = output_layer(hidden, weight=weight)  # [s, 1, v/tp]
-    columns = logits.shape[-1]
-    tokens = max(0, vocab_size - tp_group.rank() * columns)  # of this rank's columns; none, where all are padding
-    if tokens < columns:
-        logits[..., tokens:] = -torch.inf  # no probability, and so no gradient: padding rows stay zero
-    loss, count = multi_hot_cross_entropy(
-        logits.reshape(b * s, -1), labels.reshape(k, b * s), label_weight.reshape(k, b * s), tp_group=tp_group
+    k = labels.shape[0]
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
+    loss, count = linear_multi_hot_cross_entropy(
+        hidden.flatten(0, 1),
+        weight,
+        labels.flatten(1),
+        label_weight.flatten(1),
+        vocab_size=vocab_size,
+        main_grad=getattr(weight, "main_grad", None),
+        upstream=None if promise is None else promise * k,
+        tp_group=tp_group,
+        backend=backend,
     )
     return loss * k, count * k
 

@@ -50,11 +50,12 @@ class BagMTPLayer(MultiTokenPredictionLayer):
         return input_ids, position_ids, padding_mask, shifted, hidden_states
 
 
-def stack_spec(model, context_mode="state"):
+def stack_spec(model, kernels, context_mode="state"):
     """The hybrid stack of one network: `*` attention, `G` Gated DeltaNet, `-` dense, `E` MoE, `/` MTP.
 
     Args:
         model: `config.schema.Model`.
+        kernels: `model.kernels.chosen`.
         context_mode: how Gated DeltaNet shares a row among context-parallel ranks, see there.
     """
 
@@ -92,6 +93,7 @@ def stack_spec(model, context_mode="state"):
             "column_linear": ColumnParallelLinear,
             "row_linear": RowParallelLinear,
             "context_mode": context_mode,
+            "kernels": kernels,
         },
     )
     swiglu = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

@@ -13,7 +13,7 @@ from boreal_megatron import parallel
 from boreal_megatron.config import check
 from boreal_megatron.data.dataset import Loader, check_tokenizer
 from boreal_megatron.log import Reporter, megatron_line
-from boreal_megatron.model import router
+from boreal_megatron.model import kernels, router
 from boreal_megatron.plan import params
 from boreal_megatron.train import checkpoint, drill, phases, state as train_state, step as train_step
 
@@ -38,7 +38,7 @@ def train(config, *, world, resume_drill=0):
     chunks, wrapped, optimizer, state = checkpoint.begin(config, mesh, loader, resumed)
     plan = phases.spans(config.phases)
     report = Reporter(config.checkpoint.folder, mesh.last_rank, plan[-1].end_step, state.step)
-    announce(report, config, mesh, plan, state, resumed, passed_over, rehearsed)
+    announce(report, config, mesh, chunks[0].kernels, plan, state, resumed, passed_over, rehearsed)
     signals = Signals()
     saver = checkpoint.Saver(config, mesh, report, resumed)
     first_step, validation, began = state.step, None, time.perf_counter()
@@ -118,8 +118,8 @@ def train(config, *, world, resume_drill=0):
     return summary
 
 
-def announce(report, config, mesh, plan, state, resumed, passed_over, rehearsed):
-    """What is about to happen: sizes, layout, phases in both units, what was rehearsed, where it goes on."""
+def announce(report, config, mesh, choices, plan, state, resumed, passed_over, rehearsed):
+    """What is about to happen: sizes, layout, kernels, phases in both units, what was rehearsed, where it goes on."""
     cut, size = config.parallel, params.count(config.model)
     report.say(
         f" BOREAL {config.model.pattern} | {size['with_mtp']:,} parameters, {size['active']:,} active | "
@@ -128,6 +128,8 @@ def announce(report, config, mesh, plan, state, resumed, passed_over, rehearsed)
         f"context {cut.context}, data {mesh.dp_size}, expert {cut.expert}"
         f"{f' x tensor {cut.expert_tensor}' if cut.expert_tensor > 1 else ''} | {config.precision}"
     )
+    for line in kernels.lines(choices):
+        report.say(f" kernels {line}")
     for span in plan:
         report.say(
             f" phase {span.phase.name}: {span.steps} steps, {span.end_raw_token - span.first_raw_token:,} raw tokens, "

@@ -73,7 +73,7 @@ def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):
             chunk.zero_grad_buffer()
 
     def forward_step(iterator, model):
-        return model(next(iterator)), partial(loss_function, phase.mtp_weight)
+        return model(next(iterator), phase.mtp_weight), partial(loss_function, phase.mtp_weight)
 
     with torch.set_grad_enabled(train):
         outputs = get_forward_backward_func()(

@@ -38,7 +38,7 @@ def compile_all(report, only=None, few=False):
                 arguments = bench.inputs(**shape, dtype=dtype, device="cpu")
                 testing.run_both_ways(bench.operation, arguments, "triton")
                 for kernel in report:
-                    label = f"{kernel['kernel']} {_constants(kernel['constants'])} {str(dtype).removeprefix('torch.')}"
+                    label = f"{name}: {kernel['kernel']} {_constants(kernel['constants'])} {str(dtype).removeprefix('torch.')}"
                     found[label] = {key: kernel[key] for key in (*COSTS, "warps", "stages")}
                 print(f"{name}: {variant}, {dtype}: {len(report)} kernels", file=sys.stderr)
     return dict(sorted(found.items()))

@@ -9,7 +9,7 @@ import importlib
 
 import torch
 from boreal_megatron.data import batch
-from boreal_megatron.model import boreal, gated_deltanet
+from boreal_megatron.model import boreal, gated_deltanet, head
 from boreal_megatron.model.packing import Packing
 from boreal_megatron.train import step
 from megatron.core import parallel_state
@@ -46,15 +46,22 @@ def tiled_heads():
     return replaced(gated_deltanet, "gated_delta_rule", wrong)
 
 
+@contextlib.contextmanager
 def mtp_normalised_per_rank():
-    """Each rank divides its MTP loss by its own count of targets."""
+    """Each rank divides its MTP loss by its own count of targets. The head is promised no gradient: it would turn this
+    one into NaN."""
+    right = head.multi_hot_loss
+
+    def unpromised(*args, promise, **options):
+        return right(*args, **options)
 
     def wrong(mtp_weight, losses):
         main, count, mtp, mtp_count = losses
         total = main + mtp_weight * mtp * (count / mtp_count).detach()
         return total, count.detach().round().to(torch.int), {"losses": losses.detach().clone()}
 
-    return replaced(step, "loss_function", wrong)
+    with replaced(head, "multi_hot_loss", unpromised), replaced(step, "loss_function", wrong):
+        yield
 
 
 def batched_p2p():

@@ -332,17 +332,22 @@ def test_decoder_runs_on_another_rule(name, install, monkeypatch):
 
 def test_choice_of_rule(monkeypatch):
     """Torch without CUDA; with it, flash-linear-attention where boreal_kernels has nothing faster than torch."""
-    choose = modeling_boreal.fastest_delta_rule.__wrapped__
+    choose = functools.partial(modeling_boreal.fastest_delta_rule.__wrapped__, 128)
     assert torch.cuda.is_available() or choose() == "torch"
     assert build(DENSE).model.layers[1].linear_attn.rules == {"cuda": choose()}
+    found = sys.modules["boreal_kernels.backend"]
+
+    def kernels_choose(name):
+        choice = found.Choice("gated_delta_rule", name, "said by a test")
+        monkeypatch.setattr(found, "choose", lambda *args, **kwargs: choice)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)
-    backends = sys.modules["boreal_kernels.backend"].BACKENDS
-    monkeypatch.setitem(backends, "gated_delta_rule", ("torch",))
+    kernels_choose("torch")
     assert choose() == "torch"
     flash(monkeypatch)
     assert choose() == "fla"
-    monkeypatch.setitem(backends, "gated_delta_rule", ("triton", "torch"))
+    kernels_choose("triton")
     assert choose() == "boreal_kernels"
     assert kernels_rule is sys.modules["boreal_kernels.gated_delta_rule"].gated_delta_rule
 

@@ -81,6 +81,19 @@ def test_bag_embedding_is_the_mean_of_its_tokens_and_skips_padding(mesh):
     assert torch.equal(out[0, 1], table[7])
 
 
+def loss_of(weight, hidden, batch, vocab_size, mesh, **options):
+    return head.multi_hot_loss(
+        weight,
+        hidden,
+        batch.labels,
+        batch.label_weight,
+        vocab_size=vocab_size,
+        tp_group=mesh.groups.tp,
+        sequence_parallel=False,
+        **options,
+    )
+
+
 def test_bag_of_one_loss_and_gradient_equal_megatrons_cross_entropy(mesh):
     """fp32, 1e-6: the loss and d loss / d hidden of our head against mcore's vocab-parallel cross-entropy."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -94,9 +107,7 @@ def test_bag_of_one_loss_and_gradient_equal_megatrons_cross_entropy(mesh):
     for ours in (True, False):
         x = hidden.clone().requires_grad_()
         if ours:
-            total, count = head.multi_hot_loss(
-                model.output_layer, weight, x, b.labels, b.label_weight, model.description.vocab_size, mesh.groups.tp
-            )
+            total, count = loss_of(weight, x, b, model.description.vocab_size, mesh)
             loss = total / count
         else:
             logits, _ = model.output_layer(x, weight=weight)
@@ -247,12 +258,8 @@ def test_loss_is_over_the_tokens_only(tied, mesh):
     torch.manual_seed(0)
     hidden, found = torch.randn(b.labels.shape[-1], 1, 64), []
     for rows in (weight, weight[:200]):
-
-        def layer(x, weight=None, rows=rows):
-            return x @ rows.T, None
-
         x = hidden.clone().requires_grad_()
-        total, count = head.multi_hot_loss(layer, None, x, b.labels, b.label_weight, 200, mesh.groups.tp)
+        total, count = loss_of(rows, x, b, 200, mesh)
         (total / count).backward()
         found.append((total / count, x.grad))
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)

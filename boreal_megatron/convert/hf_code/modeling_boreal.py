@@ -133,12 +133,13 @@ DELTA_RULES = {"torch": torch_delta_rule, "fla": fla_delta_rule, "boreal_kernels
 
 
 @functools.cache
-def fastest_delta_rule():
+def fastest_delta_rule(head_dim):
     """The name, in DELTA_RULES, of the fastest implementation that is installed for CUDA tensors."""
     if not torch.cuda.is_available():
         return "torch"
     try:
-        if import_module("boreal_kernels.backend").resolve("auto", "gated_delta_rule") != "torch":
+        kernels = import_module("boreal_kernels.backend")
+        if kernels.choose("gated_delta_rule", device="cuda", head_dim=head_dim).backend == "triton":
             return "boreal_kernels"
     except ImportError:
         pass
@@ -247,7 +248,7 @@ class BorealGatedDeltaNet(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.layer_idx = layer_idx
-        self.rules = {"cuda": fastest_delta_rule()}
+        self.rules = {"cuda": fastest_delta_rule(config.linear_key_head_dim)}
         self.key_heads, self.value_heads = config.linear_num_key_heads, config.linear_num_value_heads
         self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.conv_width = config.linear_conv_kernel_dim

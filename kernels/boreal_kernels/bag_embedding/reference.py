@@ -13,7 +13,9 @@ from boreal_kernels.shapes import accumulate_dtype
 
 class _BagEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids: Tensor, weight: Tensor, vocab_start: int, valid: Tensor | None) -> Tensor:
+    def forward(
+        ctx, ids: Tensor, weight: Tensor, vocab_start: int, valid: Tensor | None, main_grad: Tensor | None
+    ) -> Tensor:
         k, rows = ids.shape[0], weight.shape[0]
         local = ids - vocab_start
         here = (local >= 0) & (local < rows)
@@ -24,6 +26,7 @@ class _BagEmbedding(torch.autograd.Function):
         local = local.masked_fill(~here, 0)
         ctx.save_for_backward(local, here, count)
         ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
+        ctx.main_grad = main_grad  # not saved: others add to it between forward and backward
 
         picked = F.embedding(local, weight).to(accumulate_dtype(weight)).masked_fill(~here[..., None], 0.0)  # [k, T, h]
         total = picked[0] if k == 1 else picked.sum(0)  # sum() of one row would turn -0.0 into 0.0
@@ -37,9 +40,19 @@ class _BagEmbedding(torch.autograd.Function):
         each = torch.where(here[..., None], grad, 0.0)  # [k, T, h]
         # Ordered, unlike index_add on a GPU: the same batch gives the same bits.
         grad_weight = torch.ops.aten.embedding_dense_backward(each, local, ctx.weight_shape[0], -1, False)
-        return None, grad_weight.to(ctx.weight_dtype), None, None
+        if ctx.main_grad is None:
+            return None, grad_weight.to(ctx.weight_dtype), None, None, None
+        ctx.main_grad.add_(grad_weight)
+        return None, None, None, None, None
 
 
-def bag_embedding(ids: Tensor, weight: Tensor, *, vocab_start: int, valid: Tensor | None = None) -> Tensor:
+def bag_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    *,
+    vocab_start: int,
+    valid: Tensor | None = None,
+    main_grad: Tensor | None = None,
+) -> Tensor:
     """See the package's docstring."""
-    return _BagEmbedding.apply(ids, weight, vocab_start, valid)
+    return _BagEmbedding.apply(ids, weight, vocab_start, valid, main_grad)

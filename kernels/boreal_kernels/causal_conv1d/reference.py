@@ -1,4 +1,4 @@
-"""Causal depthwise convolution in plain torch: W shifted products.  Shapes: x [B, T, C], weight [C, W].
+"""Causal depthwise convolution in plain torch: W shifted products.  Shapes: x [B, T, C] or [B, T, G, c], weight [C, W].
 
 A tap that reaches before its document reads that document's history instead, picked with `where` rather than a
 multiplication by zero, so that even a NaN in one document cannot reach the next.
@@ -19,8 +19,11 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    split: tuple[int, ...] | None = None,
+) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
     """See the package's docstring."""
+    shape = x.shape
+    x = x.flatten(2)
     B, T, C = x.shape
     W = weight.shape[1]
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -65,4 +68,7 @@ def causal_conv1d(
             earlier = history.gather(1, (W - 1 + age).clamp(0, max(W - 2, 0)).long()[..., None].expand(N, W - 1, C))
             last = torch.where((age >= 0)[..., None], x[0, wanted.clamp_min(0).long()].to(dtype), earlier)
         state = last.transpose(1, 2).to(x.dtype).contiguous()  # [N, C, W-1]
-    return y.to(x.dtype), state
+    y = y.to(x.dtype).view(shape)
+    if split is not None:
+        y = tuple(part.contiguous() for part in y.split(split, dim=-1))
+    return y, state

@@ -5,6 +5,8 @@ Shapes: logits z [T, v/tp], targets y [k, T], target weights w [k, T], hidden [T
 All statistics are FP32 and small: per row a maximum, a sum of exponentials and the k target logits. Two collectives
 combine them (max; then sum-exp and weighted target logits together). The backward rebuilds the softmax from the logits
 and the log-sum-exp, so nothing of the size of the logits is kept besides the logits themselves.
+
+`first` is the global id of this rank's column 0, `tokens` the number of its columns that are not padding.
 """
 
 import torch
@@ -15,33 +17,48 @@ from boreal_kernels.shapes import accumulate_dtype
 
 LINEAR_ROWS = 1024  # rows of logits that exist at a time in the fused form
 BLOCK_ELEMENTS = 1 << 19  # logits that are exponentiated at a time: 2 MB of FP32, which stay in a CPU's cache
+PROMISE = 1e-6  # how far, relatively, a gradient may be from the promised one: the rounding of a few FP32 products
 
 
 def plain(logits: Tensor, targets: Tensor, target_weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """The definition, one rank, by autograd: the twin of everything below. Every target must lie in the vocabulary."""
     logits = logits.to(accumulate_dtype(logits))
-    w = _weights(logits, targets, target_weight)
+    w = weights(logits, targets, target_weight)
     log_p = logits.log_softmax(-1).gather(1, targets.t()).t()  # [k, T]
     return -(w * log_p).sum(), w.sum()
 
 
-def _weights(like: Tensor, targets: Tensor, target_weight: Tensor | None) -> Tensor:
+def weights(like: Tensor, targets: Tensor, target_weight: Tensor | None) -> Tensor:
+    """w [k, T] in FP32 (float64 where `like` is), without a gradient; 1/k everywhere for None."""
     dtype = accumulate_dtype(like)
     if target_weight is None:
         return torch.full(targets.shape, 1.0 / targets.shape[0], dtype=dtype, device=like.device)
     return target_weight.detach().to(dtype)
 
 
-def _local_targets(targets: Tensor, w: Tensor, rows: int, tp_group) -> tuple[Tensor, Tensor]:
+def poison(promised: Tensor, found: Tensor) -> Tensor:
+    """0 where the gradient of the loss is the promised one, else NaN; a scalar on the device, so that nothing waits."""
+    kept = (found - promised).abs() <= PROMISE * promised.abs()
+    return torch.where(kept, 0.0, torch.nan)
+
+
+def _local_targets(targets: Tensor, w: Tensor, rows: int, first: int) -> tuple[Tensor, Tensor]:
     """Index into this rank's vocabulary rows [k, T], and the weight of the targets that lie there, 0 for others."""
-    local = targets - (0 if tp_group is None else dist.get_rank(tp_group) * rows)
+    local = targets - first
     here = (local >= 0) & (local < rows)
     return local.masked_fill(~here, 0), w.masked_fill(~here, 0.0)
 
 
-def _statistics(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _without_padding(logits: Tensor, tokens: int) -> Tensor:
+    """The logits, -inf in the columns from `tokens` on."""
+    if tokens == logits.shape[1]:
+        return logits
+    return logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= tokens, -torch.inf)
+
+
+def _statistics(logits: Tensor, local: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Row maximum [T], sum exp(z - max) [T], target logits [k, T] of this rank's shard, FP32."""
-    z = logits.to(accumulate_dtype(logits))
+    z = _without_padding(logits, tokens).to(accumulate_dtype(logits))
     # A shard may be -inf throughout (vocabulary padding); a finite maximum keeps -inf - -inf = NaN away.
     row_max = z.amax(-1).clamp_min(torch.finfo(z.dtype).min)
     sum_exp = torch.empty_like(row_max)
@@ -57,7 +74,7 @@ def _blocks(z: Tensor):
 
 
 def _combine(row_max: Tensor, sum_exp: Tensor, picked: Tensor, w: Tensor, w_here: Tensor, tp_group):
-    """loss_sum, weight_sum, and the global log-sum-exp [T], from every rank's statistics."""
+    """loss_sum and the global log-sum-exp [T], from every rank's statistics."""
     local_max = row_max
     if tp_group is not None:
         row_max = row_max.clone()
@@ -70,7 +87,7 @@ def _combine(row_max: Tensor, sum_exp: Tensor, picked: Tensor, w: Tensor, w_here
     log_sum = both[0].log()  # [T]
     w_row = w.sum(0)  # [T]
     loss = torch.where(_counts(w), w_row * log_sum - both[1], 0.0)
-    return loss.sum(), w.sum(), row_max + log_sum
+    return loss.sum(), row_max + log_sum
 
 
 def _counts(w: Tensor) -> Tensor:
@@ -78,8 +95,8 @@ def _counts(w: Tensor) -> Tensor:
     return (w != 0).any(0)
 
 
-def _logits_gradient(logits: Tensor, lse: Tensor, local: Tensor, w: Tensor, w_here: Tensor) -> Tensor:
-    """softmax * sum_i w - scatter(w) [T, v/tp] in FP32; zero rows where no target counts."""
+def _logits_gradient(logits: Tensor, lse: Tensor, local: Tensor, w: Tensor, w_here: Tensor, tokens: int) -> Tensor:
+    """softmax * sum_i w - scatter(w) [T, v/tp] in FP32; zero rows where no target counts, zeros in the padding."""
     grad = torch.empty_like(logits, dtype=lse.dtype)
     w_row = w.sum(0)
     for rows in _blocks(logits):
@@ -88,64 +105,127 @@ def _logits_gradient(logits: Tensor, lse: Tensor, local: Tensor, w: Tensor, w_he
     # One target per row at a time: no two additions meet, so their order cannot matter.
     for index, weight in zip(local, w_here, strict=True):
         grad.scatter_add_(1, index[:, None], -weight[:, None])
+    grad[:, tokens:] = 0.0
     return grad
 
 
 class _MultiHot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, w, tp_group):
-        local, w_here = _local_targets(targets, w, logits.shape[1], tp_group)
-        loss_sum, weight_sum, lse = _combine(*_statistics(logits, local), w, w_here, tp_group)
+    def forward(ctx, logits, targets, w, first, tokens, tp_group):
+        local, w_here = _local_targets(targets, w, logits.shape[1], first)
+        loss_sum, lse = _combine(*_statistics(logits, local, tokens), w, w_here, tp_group)
         ctx.save_for_backward(logits, lse, local, w, w_here)
-        ctx.mark_non_differentiable(weight_sum)
-        return loss_sum, weight_sum
+        ctx.tokens = tokens
+        return loss_sum
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss):
         logits, lse, local, w, w_here = ctx.saved_tensors
-        grad = _logits_gradient(logits, lse, local, w * grad_loss, w_here * grad_loss)
-        return grad.to(logits.dtype), None, None, None
+        grad = _logits_gradient(logits, lse, local, w * grad_loss, w_here * grad_loss, ctx.tokens)
+        return grad.to(logits.dtype), None, None, None, None, None
+
+
+class _Head:
+    """Gradients of hidden and weight, a block of rows at a time; None for what is not needed.
+
+    The weight's goes into main_grad where there is one. Either way its sum is FP32: a bf16 running sum over many blocks
+    stops growing.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, main_grad: Tensor | None, needed: tuple[bool, bool], dtype):
+        self.weight = weight
+        self.hidden_grad = torch.empty_like(hidden) if needed[0] else None
+        self.sum = None
+        if needed[1]:
+            self.sum = torch.zeros_like(weight, dtype=dtype) if main_grad is None else main_grad
+        self.weight_is_returned = needed[1] and main_grad is None
+
+    def add(self, rows: slice, block: Tensor, grad: Tensor) -> None:
+        """block [c, h] are the hidden states, grad [c, v/tp] the gradient of their logits."""
+        grad = grad.to(block.dtype)
+        if self.hidden_grad is not None:
+            self.hidden_grad[rows] = grad @ self.weight
+        if self.sum is not None:
+            self.sum += grad.t() @ block
+
+    def weight_grad(self) -> Tensor | None:
+        return self.sum.to(self.weight.dtype) if self.weight_is_returned else None
+
+
+def _row_blocks(hidden: Tensor, w: Tensor):
+    """(rows, hidden[rows]) that together cover hidden."""
+    for start in range(0, hidden.shape[0], LINEAR_ROWS):
+        rows = slice(start, start + LINEAR_ROWS)
+        # A row without targets may hold NaN, and 0 * NaN would poison the weight's gradient.
+        yield rows, hidden[rows].masked_fill(~_counts(w[:, rows])[:, None], 0.0)
 
 
 class _LinearMultiHot(torch.autograd.Function):
+    """The logits are made again in the backward, and gradients from them."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, targets, w, tp_group):
-        local, w_here = _local_targets(targets, w, weight.shape[0], tp_group)
-        parts = []
-        for start in range(0, hidden.shape[0], LINEAR_ROWS):
-            rows = slice(start, start + LINEAR_ROWS)
-            parts.append(_statistics(hidden[rows] @ weight.t(), local[:, rows]))
+    def forward(ctx, hidden, weight, targets, w, first, tokens, tp_group, main_grad):
+        local, w_here = _local_targets(targets, w, weight.shape[0], first)
+        parts = [_statistics(block @ weight.t(), local[:, rows], tokens) for rows, block in _row_blocks(hidden, w)]
         row_max, sum_exp, picked = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-        loss_sum, weight_sum, lse = _combine(row_max, sum_exp, picked, w, w_here, tp_group)
+        loss_sum, lse = _combine(row_max, sum_exp, picked, w, w_here, tp_group)
         ctx.save_for_backward(hidden, weight, lse, local, w, w_here)
-        ctx.mark_non_differentiable(weight_sum)
-        return loss_sum, weight_sum
+        # Not a saved tensor: other heads and microbatches add to it before this one's backward.
+        ctx.main_grad, ctx.tokens = main_grad, tokens
+        return loss_sum
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss):
         hidden, weight, lse, local, w, w_here = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # FP32: a bf16 running sum over many row blocks stops growing.
-        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden.shape[0], LINEAR_ROWS):
-            rows = slice(start, start + LINEAR_ROWS)
-            # A row without targets may hold NaN, and 0 * NaN would poison the weight's gradient.
-            block = hidden[rows].masked_fill(~_counts(w[:, rows])[:, None], 0.0)
-            grad = _logits_gradient(
-                block @ weight.t(), lse[rows], local[:, rows], w[:, rows] * grad_loss, w_here[:, rows] * grad_loss
-            ).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.t() @ block
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        w, w_here = w * grad_loss, w_here * grad_loss
+        head = _Head(hidden, weight, ctx.main_grad, ctx.needs_input_grad[:2], lse.dtype)
+        for rows, block in _row_blocks(hidden, w):
+            logits = block @ weight.t()
+            grad = _logits_gradient(logits, lse[rows], local[:, rows], w[:, rows], w_here[:, rows], ctx.tokens)
+            head.add(rows, block, grad)
+        return head.hidden_grad, head.weight_grad(), None, None, None, None, None, None
 
 
-def multi_hot_cross_entropy(logits, targets, target_weight, *, tp_group=None) -> tuple[Tensor, Tensor]:
-    """See the package's docstring."""
-    return _MultiHot.apply(logits, targets, _weights(logits, targets, target_weight), tp_group)
+class _PromisedLinearMultiHot(torch.autograd.Function):
+    """Gradients in the forward, for the promised gradient of the loss; the backward checks the promise."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, w, first, tokens, tp_group, main_grad, upstream):
+        local, w_here = _local_targets(targets, w, weight.shape[0], first)
+        head = _Head(hidden, weight, main_grad, ctx.needs_input_grad[:2], w.dtype)
+        loss_sum = 0.0
+        for rows, block in _row_blocks(hidden, w):
+            logits, at, weight_here = block @ weight.t(), local[:, rows], w_here[:, rows]
+            loss, lse = _combine(*_statistics(logits, at, tokens), w[:, rows], weight_here, tp_group)
+            loss_sum = loss_sum + loss
+            head.add(
+                rows, block, _logits_gradient(logits, lse, at, w[:, rows] * upstream, weight_here * upstream, tokens)
+            )
+        ctx.save_for_backward(head.hidden_grad, head.weight_grad(), upstream)
+        ctx.main_grad = main_grad
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight, upstream = ctx.saved_tensors
+        nan = poison(upstream, grad_loss)
+        if grad_hidden is None and grad_weight is None:
+            ctx.main_grad[0, 0] += nan
+        grads = [None if grad is None else grad + nan.to(grad.dtype) for grad in (grad_hidden, grad_weight)]
+        return *grads, None, None, None, None, None, None, None
 
 
-def linear_multi_hot_cross_entropy(hidden, weight, targets, target_weight, *, tp_group=None) -> tuple[Tensor, Tensor]:
-    """See the package's docstring."""
-    return _LinearMultiHot.apply(hidden, weight, targets, _weights(hidden, targets, target_weight), tp_group)
+def multi_hot_cross_entropy(logits: Tensor, targets: Tensor, w: Tensor, first: int, tokens: int, tp_group) -> Tensor:
+    """loss_sum; w as `weights` makes it, the rest as in the package's docstring."""
+    return _MultiHot.apply(logits, targets, w, first, tokens, tp_group)
+
+
+def linear_multi_hot_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, w: Tensor, first: int, tokens: int, tp_group,
+    main_grad: Tensor | None, upstream: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """loss_sum; w as `weights` makes it, upstream [] in w's dtype, the rest as in the package's docstring."""
+    inputs = (hidden, weight, targets, w, first, tokens, tp_group, main_grad)
+    if upstream is None or not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return _LinearMultiHot.apply(*inputs)
+    return _PromisedLinearMultiHot.apply(*inputs, upstream)

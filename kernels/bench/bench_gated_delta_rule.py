@@ -1,0 +1,88 @@
+"""gated_delta_rule at the sizes of BOREAL's Gated DeltaNet layers: 8 key heads of 128, 16 or 32 value heads, packed rows."""
+
+import torch
+from boreal_kernels import gated_delta_rule, testing
+
+operation = gated_delta_rule
+SHAPES = {
+    "250m 8K": {"T": 8192, "H": 8, "R": 2, "D": 128},
+    "10b 8K": {"T": 8192, "H": 8, "R": 4, "D": 128},
+    "10b 4 x 8K": {"T": 32768, "H": 8, "R": 4, "D": 128, "documents": 4},
+    "10b 32K": {"T": 32768, "H": 8, "R": 4, "D": 128},
+}
+# What the ahead-of-time table compiles, in bf16 and FP32: every combination of constants that the presets launch. Packed
+# rows in training; first and second pass of a context-parallel rank; decoding.
+VARIANTS = {
+    **{f"R={R} D={D}": {"T": 64, "H": 1, "R": R, "D": D} for D in (128, 64) for R in (2, 4, 1)},
+    **{
+        f"{name} D={D}": {"T": 64, "H": 1, "R": 2, "D": D, **options}
+        for D in (128, 64)
+        for name, options in {
+            "entering": {"initial": True},
+            "last state": {"initial": True, "output_final_state": True},
+            "transition": {"documents": 0, "output_final_state": True, "output_transition": True},
+            "decode": {"T": 1, "documents": 0, "initial": True, "output_final_state": True},
+        }.items()
+    },
+}
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def inputs(T, H, R, D, documents=1, initial=False, *, dtype, device, seed=1, **options):
+    """The operation's arguments. q, k and v are slices of the convolution's output, as in the model; documents = 0 is a row
+    without cu_seqlens."""
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = lambda *shape, dtype=dtype: torch.randn(*shape, generator=generator, device=device, dtype=dtype)  # noqa: E731
+    q, k, v = draw(1, T, H, (2 + R) * D).split([D, D, R * D], dim=-1)
+    made = {"q": q, "k": k, "v": v.reshape(1, T, H * R, D), "a": draw(1, T, H * R) - 3, "b": draw(1, T, H * R)}
+    made |= {"A_log": draw(H * R, dtype=torch.float32), "dt_bias": draw(H * R, dtype=torch.float32)}
+    if documents:
+        made["cu_seqlens"] = torch.arange(documents + 1, dtype=torch.int32, device=device) * (T // documents)
+    if initial:
+        made["initial_state"] = draw(max(documents, 1), H * R, D, D, dtype=torch.float32)
+    return made | options
+
+
+def cost(T, H, R, D, documents=1):
+    """{direction: (bytes that must move, flops)} in bf16: each tensor once, with the chunks' matrices and states between
+    the kernels; C = 64 positions a chunk."""
+    HV, C = H * R, 64
+    keys, values, square, state = (2 * T * x for x in (2 * H * D, HV * D, HV * C, HV * D * D // C))
+    forward = 2 * (keys + values) + 2 * keys + 2 * 2 * square + values
+    backward = 2 * 2 * square + 2 * (keys + 2 * values + square) + 2 * 2 * state + 3 * values + 2 * keys + 3 * values
+    pairs, through = 2 * T * HV * C * D, 2 * T * HV * D * D  # a product of [C, D] x [D, C], and of [C, D] x [D, D]
+    return {"forward": (forward, 4 * pairs + 3 * through), "backward": (backward, 12 * pairs + 11 * through)}
+
+
+def proof(device):
+    """Raise unless outputs and gradients agree with float64, and products with exact numbers are exact."""
+    from boreal_kernels.gated_delta_rule import selftest
+
+    selftest.run(device)
+    for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        made = inputs(T=130, H=2, R=2, D=128, documents=2, initial=True, output_final_state=True, dtype=dtype, device=device)
+        testing.assert_within(testing.errors(operation, made, "triton"), allowed)
+
+
+def rivals():
+    """{name: function of the same arguments}."""
+
+    def eager(**arguments):
+        return gated_delta_rule(**arguments, backend="torch")
+
+    found = {"torch": eager}
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return found
+
+    def fla(q, k, v, a, b, A_log, dt_bias, cu_seqlens=None, initial_state=None, output_final_state=False):
+        g = -A_log.float().exp() * torch.nn.functional.softplus(a.float() + dt_bias)
+        R = v.shape[2] // q.shape[2]
+        q, k = (x.repeat_interleave(R, dim=2) for x in (q, k))
+        return chunk_gated_delta_rule(
+            q.contiguous(), k.contiguous(), v, g, b.sigmoid(), initial_state=initial_state,
+            output_final_state=output_final_state, use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+
+    return {**found, "fla": fla}
