@@ -15,7 +15,8 @@ class BagEmbedding(VocabParallelEmbedding):
     """ids [k, b, s] -> [b, s, h], or [s/tp, b, h] under sequence parallelism.
 
     The mean is taken over this rank's rows before the one tensor-parallel reduction, so a bag costs no more traffic
-    than a token. A negative id is an empty slot: the mean is over the others.
+    than a token. A negative id is an empty slot: the mean is over the others. Where the weight has a gradient buffer of
+    megatron-core's (`main_grad`), its gradient is added there, in FP32, and nowhere else.
     """
 
     @classmethod
@@ -29,7 +30,12 @@ class BagEmbedding(VocabParallelEmbedding):
         k, b, s = ids.shape
         flat = ids.reshape(k, b * s)
         out = bag_embedding(
-            flat, self.weight, vocab_start=self.vocab_start_index, valid=flat >= 0, backend=self.backend
+            flat,
+            self.weight,
+            vocab_start=self.vocab_start_index,
+            valid=flat >= 0,
+            main_grad=getattr(self.weight, "main_grad", None),
+            backend=self.backend,
         )
         out = out.view(b, s, -1)
         if self.reduce_scatter_embeddings:

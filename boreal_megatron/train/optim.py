@@ -21,7 +21,11 @@ def decays(name, parameter):
 
 
 def wrap(config, chunks):
-    """Each chunk in megatron-core's DDP: FP32 gradient buffers, summed over data and context parallelism."""
+    """Each chunk in megatron-core's DDP: FP32 gradient buffers, summed over data and context parallelism.
+
+    Embedding and head add to their buffers themselves. That suits a reduction after the backward pass; to overlap it
+    (`overlap_grad_reduce`), megatron-core's hook would have to hear of their gradients.
+    """
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=config.optimizer.distributed, grad_reduce_in_fp32=True, average_in_collective=False
     )

@@ -11,9 +11,10 @@ SHAPES = {
     "10b 8K": {"T": 8192, "heads": 8, "group": 4},
 }
 # What the ahead-of-time table compiles, in bf16 and FP32: every combination of constants that the presets launch on one
-# rank. Packed rows in training, with a state where context-parallel ranks hand it on; single positions when decoding.
+# rank. Packed rows in training, with a state where context-parallel ranks hand it on; single positions when decoding,
+# of another number of heads, for the table knows kernels by their constants only.
 VARIANTS = {
-    f"{label} R={group}": {"T": T, "heads": 8, "group": group, **more}
+    f"{label} R={group}": {"T": T, "heads": 4 if T == 1 else 8, "group": group, **more}
     for group in (2, 4)
     for label, T, more in (
         ("packed", 40, {}),

@@ -190,7 +190,7 @@ def compile_only() -> list[dict]:
         def __init__(self, source, metadata):
             constants = {source.fn.arg_names[i[0]]: v for i, v in source.constants.items() if len(i) == 1}
             self.facts = {
-                "constants": {k: v for k, v in constants.items() if isinstance(v, (int, float, str, bool))},
+                "constants": {k: v for k, v in constants.items() if v is None or isinstance(v, (int, float, str, bool))},
                 "warps": metadata.num_warps,
                 "stages": metadata.num_stages,
             }
