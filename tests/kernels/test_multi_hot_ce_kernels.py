@@ -1,8 +1,8 @@
 """multi_hot_cross_entropy and its fused form by our kernels; padding, main_grad and upstream by both backends.
 
-Against plain torch in float64, relative to the largest value. FP32: 2e-6 for losses and gradients of logits, 5e-6 through
-the head's products. bf16: gradients of given logits 4e-3, their own rounding; through the head 2e-2, as plain torch, for
-a logit around 8 that is rounded to bf16 moves its probability by up to 1.6 %.
+Against plain torch in float64, relative to the largest value. FP32: 2e-6 for losses and gradients of logits, 5e-6
+through the head's products. bf16: gradients of given logits 4e-3, their own rounding; through the head 2e-2, as plain
+torch, for a logit around 8 that is rounded to bf16 moves its probability by up to 1.6 %.
 """
 
 import pytest

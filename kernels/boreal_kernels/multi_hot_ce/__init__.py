@@ -133,7 +133,7 @@ def _shard(op: str, columns: int, vocab_size: int | None, tp_group) -> tuple[int
         return rank * columns, columns
     if not 1 <= vocab_size <= ranks * columns:
         raise ValueError(f"{op}: vocab_size: found {vocab_size}, expected 1 .. {ranks * columns}, all ranks' columns")
-    return rank * columns, min(columns, vocab_size)
+    return rank * columns, max(0, min(columns, vocab_size - rank * columns))
 
 
 def _scalar(op: str, upstream: float | Tensor | None, w: Tensor) -> Tensor | None:

@@ -18,7 +18,8 @@ from boreal_kernels.multi_hot_ce.forward import LOG2E, bag_sum, bag_sums, lanes
 @triton.jit(do_not_specialize=["y_stride", "w_stride", "picked_stride", "first", "tokens"])
 def ce_grad(
     logits, grad, targets, weights, picked, top, log_sum, factor, z_stride, grad_stride, y_stride, w_stride,
-    picked_stride, first, tokens, columns, k: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    picked_stride, first, tokens, columns,
+    k: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * (TILE * TILES)
