@@ -25,6 +25,17 @@ def operation(ids, weight, vocab_start, valid, add=False, backend="auto"):
     return bag_embedding(ids, weight, vocab_start=vocab_start, valid=valid, main_grad=main_grad, backend=backend)
 
 
+# What `tune.py` tries: kernel -> (the direction it belongs to, launch configurations).
+CANDIDATES = {
+    "bag_embedding.forward": (
+        "forward", [{"WIDTH": width, "num_warps": warps} for width in (512, 1024, 2048) for warps in (2, 4)],
+    ),
+    "bag_embedding.backward": (
+        "backward", [{"WIDTH": width, "BLOCK": 64, "num_warps": warps} for width in (256, 512, 1024) for warps in (1, 2, 4)],
+    ),
+}  # fmt: skip
+
+
 def inputs(k, T, v, h, add=False, *, dtype, device, seed=1):
     """The operation's arguments; ids as in text: the n-th most frequent one in proportion to 1/n."""
     generator = torch.Generator(device).manual_seed(seed)

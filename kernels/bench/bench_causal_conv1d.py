@@ -31,6 +31,19 @@ def operation(*args, **options):
     return *y, state
 
 
+# What `tune.py` tries: kernel -> (the direction it belongs to, launch configurations).
+CANDIDATES = {
+    f"causal_conv1d.{direction}": (
+        direction,
+        [
+            {"BLOCK": block, "ROWS": rows, "PROGRAMS": programs, "num_warps": block // 128}
+            for block in (256, 512, 1024) for rows in (4, 8) for programs in (396, 528, 792, 1056)
+        ],
+    )
+    for direction in ("forward", "backward")
+}  # fmt: skip
+
+
 def inputs(T, heads, group, documents=8, state=False, final=False, head_dim=K, *, dtype, device, seed=1):
     """The operation's arguments; x is a slice of the fused projection [q K | k K | v R*K | z R*K | b R | a R], as in
     the model. `documents` of about one length share the row; 0: nothing is packed."""

@@ -12,6 +12,20 @@ SHAPES = {
 VARIANTS = {f"{act} D={D}": {"T": 4, "heads": 2, "D": D, "activation": act} for D in (64, 128) for act in ("silu", "sigmoid")}
 DTYPES = (torch.bfloat16, torch.float32)
 
+# What `tune.py` tries: kernel -> (the direction it belongs to, launch configurations).
+CANDIDATES = {
+    "gated_rmsnorm.forward": (
+        "forward", [{"ROWS": rows, "num_warps": warps} for rows in (4, 8, 16, 32) for warps in (2, 4, 8)],
+    ),
+    "gated_rmsnorm.backward": (
+        "backward",
+        [
+            {"ROWS": rows, "PROGRAMS": programs, "num_warps": warps}
+            for rows in (4, 8, 16) for programs in (264, 528, 1056) for warps in (2, 4)
+        ],
+    ),
+}  # fmt: skip
+
 
 def inputs(T, heads, D, activation="silu", *, dtype, device, seed=1):
     """The operation's arguments; `gate` is a view of the fused projection, as in the model."""

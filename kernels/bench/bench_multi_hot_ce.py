@@ -32,6 +32,19 @@ def operation(hidden, weight, targets, target_weight, vocab_size, main_grad, mod
         )[0]  # fmt: skip
 
 
+# What `tune.py` tries: kernel -> (the direction it belongs to, launch configurations).
+CANDIDATES = {
+    "multi_hot_ce.stats": (
+        "forward",
+        [{"LANES": lanes, "DEPTH": depth, "num_warps": 8} for lanes in (1024, 2048, 4096) for depth in (4, 8)],
+    ),
+    "multi_hot_ce.grad": (  # with a promise it runs in the forward
+        "forward",
+        [{"TILE": tile, "TILES": tiles, "num_warps": 8} for tile in (4096, 8192) for tiles in (2, 5, 10)],
+    ),
+}  # fmt: skip
+
+
 def inputs(T, h, v, k, mode, *, dtype, device, seed=1):
     """The operation's arguments; one position in sixteen has no target."""
     generator = torch.Generator(device).manual_seed(seed)

@@ -32,8 +32,7 @@ def tune(bench, trial):
     """{kernel: entries of the table} for one operation; the fastest candidate at each distinct question."""
     found = {}
     for shape in bench.SHAPES.values():
-        for kernel, candidates in bench.CANDIDATES.items():
-            direction = "forward" if "forward" in kernel else "backward"
+        for kernel, (direction, candidates) in bench.CANDIDATES.items():
             times = []
             for use in candidates:
                 trial.kernel, trial.use, trial.asked = kernel, use, {}
@@ -58,7 +57,7 @@ def main():
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
     args = parser.parse_args()
-    known = {name: bench for name, bench in operations().items() if hasattr(bench, "CANDIDATES")}
+    known = operations()
     if not args.all and not args.operation:
         parser.error(f"name operations ({', '.join(known)}) or --all")
     if not torch.cuda.is_available():

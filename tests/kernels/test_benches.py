@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from boreal_kernels import launch
 from tests.support.launch import ROOT
 
 BENCH = ROOT / "kernels" / "bench"
@@ -23,6 +24,10 @@ def test_bench_is_whole_and_its_proof_passes(name, device):
         assert set(cost) == {"forward", "backward"}
         assert all(moved > 0 and flops >= 0 for moved, flops in cost.values())
     assert callable(bench.rivals()["torch"])
+    for kernel, (direction, candidates) in bench.CANDIDATES.items():
+        assert direction in cost
+        recorded = launch.read()["default"][kernel]
+        assert all(entry["use"].keys() == use.keys() for entry in recorded for use in candidates), kernel
 
 
 @pytest.mark.parametrize("script", ["run.py", "tune.py"])
