@@ -142,7 +142,10 @@ def unfit(operation: str, name: str, device: str, head_dim: int | None = None) -
         return f"compute capability {capability[0]}.{capability[1]}, expected 8.0 or newer"
     if name == "triton":
         use_newest_ptxas()
-    return known_bad(name, capability)
+    problem = known_bad(name, capability)
+    if problem is None and name == "triton" and operation == "gated_delta_rule":
+        problem = miscomputed()
+    return problem
 
 
 def known_bad(name: str, capability: tuple[int, int]) -> str | None:
@@ -157,6 +160,21 @@ def known_bad(name: str, capability: tuple[int, int]) -> str | None:
             if row.package == "ptxas":
                 mend = "point TRITON_PTXAS_PATH at a newer one"
             return f"{row.package} {text}: {row.reason}; {mend}"
+    return None
+
+
+@cache
+def miscomputed() -> str | None:
+    """What the delta rule's kernels get wrong on this device, or None: a small case, computed once a process, in which
+    every number is exact."""
+    from triton.errors import TritonError
+
+    from boreal_kernels.gated_delta_rule import selftest
+
+    try:
+        selftest.run("cuda")
+    except (RuntimeError, TritonError) as error:  # wrong numbers, or kernels that do not compile or fit here
+        return str(error)
     return None
 
 

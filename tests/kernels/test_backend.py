@@ -31,6 +31,7 @@ def hopper(monkeypatch):
         monkeypatch.setattr(backend, "version", lambda name: found[name])
         monkeypatch.setattr(backend, "ptxas_version", lambda: packages.get("ptxas", (13, 4)))
         monkeypatch.setattr(backend, "use_newest_ptxas", lambda: None)
+        monkeypatch.setattr(backend, "miscomputed", lambda: packages.get("miscomputed"))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
         return lambda name, head_dim=128: unfit("gated_delta_rule", name, "cuda", head_dim)
 
@@ -58,6 +59,12 @@ def test_absence_and_head_dims_are_named(hopper):
     assert hopper(triton=(3, 9, 0))("fla") == "flash-linear-attention is not installed"
     assert hopper(triton=(3, 9, 0))("triton", 96) == "head dim 96, expected one of 64, 128"
     assert hopper(triton=(3, 9, 0))("triton", 64) is None
+
+
+def test_kernels_that_fail_their_self_test_are_refused(hopper):
+    found = hopper(triton=(3, 9, 0), miscomputed="7 of 9 numbers differ")
+    assert found("triton") == "7 of 9 numbers differ"
+    assert unfit("causal_conv1d", "triton", "cuda") is None
 
 
 def test_auto_takes_the_first_that_fits_and_tells_why_not_the_others(hopper):

@@ -267,7 +267,7 @@ def test_documents_are_not_read_on_the_host():
         (dict(initial_state=torch.zeros(2, 4, 6, 5)), "initial_state: found shape"),
         (dict(cu_seqlens=torch.tensor([0.0, 4.0])), "cu_seqlens: found torch.float32"),
         (dict(cu_seqlens=torch.tensor([4])), r"cu_seqlens: found shape \[1\]"),
-        (dict(backend="cutlass"), "found 'cutlass', expected one of auto, torch"),
+        (dict(backend="cutlass"), "found 'cutlass', expected one of auto, triton"),
     ],
 )
 def test_misuse_is_named(change, message):

