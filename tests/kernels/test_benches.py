@@ -1,5 +1,6 @@
 """The benches without a GPU: their proofs pass, their shapes and costs are whole, and nothing is timed here."""
 
+import json
 import subprocess
 import sys
 
@@ -39,3 +40,14 @@ def test_nothing_is_timed_without_a_gpu(script):
     run = subprocess.run([sys.executable, str(BENCH / script), "--all"], capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stdout == "" and run.stderr.startswith("No CUDA device: nothing to")
+
+
+def test_mixers_that_cannot_run_here_say_why():
+    words = ["--preset", "tiny", "--positions", "64", "--documents", "2", "--repeat", "1", "--json"]
+    run = subprocess.run([sys.executable, str(ROOT / "tools" / "bench_mixer.py"), *words], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = {row["mixer"]: row for row in json.loads(run.stdout)["rows"]}
+    assert rows["boreal, torch"]["ms"] > 0
+    assert "flash" in rows["megatron-core"].get("why_not", "flash") or rows["megatron-core"]["ms"] > 0
+    if rows["boreal, triton"].get("why_not"):
+        assert rows["boreal, triton"]["why_not"].startswith("kernels.delta_rule: gated_delta_rule: backend 'triton'")
