@@ -12,8 +12,8 @@ BENCH = ROOT / "kernels" / "bench"
 sys.path.insert(0, str(BENCH))
 from compiled import operations  # noqa: E402
 
-sys.path.remove(str(BENCH))
 BENCHES = operations()
+sys.path.remove(str(BENCH))
 
 
 @pytest.mark.parametrize("name", BENCHES)
