@@ -75,7 +75,7 @@ def proof(device):
     """Raise unless outputs and gradients agree with float64, in both modes and without the head."""
     for dtype, allowed in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)):
         for k in (1, 4):
-            made = inputs(T=67, h=32, v=1016, k=k, mode="any", dtype=dtype, device=device)
+            made = inputs(T=19, h=32, v=1016, k=k, mode="any", dtype=dtype, device=device)
             testing.assert_within(testing.errors(operation, made, "triton"), allowed)
             hidden, weight, targets, w = (made[n] for n in ("hidden", "weight", "targets", "target_weight"))
             leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()

@@ -33,7 +33,8 @@ def compile_all(report, only=None, few=False):
     found = {}
     for name, bench in operations(only).items():
         for variant, shape in list(bench.VARIANTS.items())[: 1 if few else None]:
-            for dtype in bench.DTYPES[: 1 if few else None]:
+            shape = dict(shape)
+            for dtype in shape.pop("dtypes", bench.DTYPES)[: 1 if few else None]:
                 del report[:]
                 arguments = bench.inputs(**shape, dtype=dtype, device="cpu")
                 testing.run_both_ways(bench.operation, arguments, "triton")

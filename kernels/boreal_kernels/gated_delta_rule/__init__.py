@@ -41,13 +41,14 @@ def gated_delta_rule(
         state       [N, HV, K, V] FP32, each sequence's last state, if output_final_state, else None
         transition  [N, HV, K, K] FP32, Phi in S_end = Phi S_begin + S_end_from_zero, if output_transition, else None;
                     it composes the sequence's pieces across context-parallel ranks
-    Plain torch computes in FP32 (float64 if any input is). The kernels multiply matrices in bf16 with FP32 sums where q, k
-    and v are all bf16, else in FP32; gates, norms and the running state are FP32 either way. Differentiable in every
-    floating tensor. Raises ValueError for shapes that do not fit.
 
-    The kernels check the values of cu_seqlens (from 0, not decreasing, up to T) only where it lies on the CPU: on a device
-    a check would stall the host every layer. There a wrong one leaves outputs undefined, but no memory outside of the
-    tensors is touched. Source: Gated DeltaNet (arXiv 2412.06464).
+    Plain torch computes in FP32 (float64 if any input is). The kernels multiply matrices in bf16 with FP32 sums where
+    q, k and v are all bf16, else in FP32; gates, norms and the running state are FP32 either way. Differentiable in
+    every floating tensor. Raises ValueError for shapes that do not fit.
+
+    The kernels check the values of cu_seqlens (from 0, not decreasing, up to T) only where it lies on the CPU: on a
+    device a check would stall the host every layer. There a wrong one leaves outputs undefined, but no memory
+    outside of the tensors is touched. Source: Gated DeltaNet (arXiv 2412.06464).
     """
     op = "gated_delta_rule"
     expect_dims(op, "q", q, "[B, T, H, K]", 4)

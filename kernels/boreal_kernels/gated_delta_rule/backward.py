@@ -1,7 +1,7 @@
 """Gated delta rule, backward: P again, two scans side by side, then everything else chunk by chunk.
 
-Shapes: as in `forward`; VV = V, or V + K with the transition's columns; S0 and dS, the state that enters a chunk and the
-gradient of the one that leaves it, [chunks, HV, VV, K]; V^ [chunks, HV, C, VV]; dV [B, T, HV, VV].
+Shapes: as in `forward`; VV = V, or V + K with the transition's columns; S0 and dS, the state that enters a chunk and
+the gradient of the one that leaves it, [chunks, HV, VV, K]; V^ [chunks, HV, C, VV]; dV [B, T, HV, VV].
 
 From dO and the gradients of the last state and of the transition, chunks in reverse (B is what K^T B sends to dS0):
 
@@ -10,16 +10,17 @@ From dO and the gradients of the last state and of the transition, chunks in rev
 and with them, per chunk,
 
     X = tril(dO V^^T) * Gam        E = strict_tril(dV V^^T) * Gam
-    dQ = c e (dO S0^T) + c X K     dK = c X^T Q + r (V^ dS^T) + B S0^T - (E + E^T) K     db = rowsum(dV * V^) (1 - beta) / beta
+    dQ = c e (dO S0^T) + c X K     dK = c X^T Q + r (V^ dS^T) + B S0^T - (E + E^T) K
+    db = rowsum(dV * V^) (1 - beta) / beta
 
-The gradient of a solve is an outer product, so neither T nor its gradient is formed. Gates: a log decay g_t scales all that
-passes position t. With Y = c X * Q K^T - E * K K^T below the diagonal,
+The gradient of a solve is an outer product, so neither T nor its gradient is formed. Gates: a log decay g_t scales
+all that passes position t. With Y = c X * Q K^T - E * K K^T below the diagonal,
 
     dg_t = sum of Y_ij over j < t <= i  +  sum over i >= t of (Q * c e dO S0^T + K * B S0^T)_i
          + sum over j < t of (K * r V^ dS^T)_j  +  e_C <dS, S0>
 
-Each sum holds only terms that pass t, so a gate that forgets everything gets exactly nothing. (Shorter forms, from dO * O,
-subtract what cancels only without rounding: in bf16 they lose every digit at strong decay.)
+Each sum holds only terms that pass t, so a gate that forgets everything gets exactly nothing. (Shorter forms, from dO
+* O, subtract what cancels only without rounding: in bf16 they lose every digit at strong decay.)
 
 The grouped heads of a key head are summed in registers by one program; A_log and dt_bias get one partial sum a chunk.
 """
@@ -82,8 +83,8 @@ def scan_down(
     if D_STATE:
         S += tl.load(d_state + at_state, mask=(value < V)[:, None] & (column < K)[None, :], other=0.0)
     if D_TRANSITION:
-        at = (n * HV + head).to(tl.int64) * (K * K) + column[None, :] * K + (value - V)[:, None]
-        S += tl.load(d_transition + at, mask=(value >= V)[:, None] & (column < K)[None, :], other=0.0)
+        at_phi = (n * HV + head).to(tl.int64) * (K * K) + column[None, :] * K + (value - V)[:, None]
+        S += tl.load(d_transition + at_phi, mask=(value >= V)[:, None] & (column < K)[None, :], other=0.0)
 
     do += batch * do_batch + head * do_head
     at_k = row[:, None] * K + column[None, :]  # within tiles 32 bits do, and half of the registers
@@ -196,7 +197,8 @@ def query_gradient(
             new = tl.load(vn + head * (C * VV) + tile * BV + at_w)
             X = tl.dot(d_out.to(dtype), tl.trans(new), X, input_precision=PRECISION)
             entered = (d_out * (scale * tl.exp2(g))[:, None]).to(dtype)
-            total = tl.dot(entered, tl.load(h + head * (VV * K) + tile * (BV * K) + at_h), total, input_precision=PRECISION)
+            total = tl.dot(entered, tl.load(h + head * (VV * K) + tile * (BV * K) + at_h), total,
+            input_precision=PRECISION)
         X = X * decays(g[:, None], g[None, :], i >= j) * scale
         k_tile = tl.load(kn + at_k)
         total = tl.dot(X.to(dtype), k_tile, total, input_precision=PRECISION)
@@ -207,8 +209,8 @@ def query_gradient(
 
 @triton.jit
 def key_gradient(
-    chunk, key, batch, begin, length, qn, kn, norms, do, gamma, h, vn, ds, dv, dk, do_batch, do_time, do_head, scale, T, H,
-    rows, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    chunk, key, batch, begin, length, qn, kn, norms, do, gamma, h, vn, ds, dv, dk, do_batch, do_time, do_head, scale,
+    T, H, rows, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, D_OUT: tl.constexpr,
 ):  # fmt: skip
     """dk of one chunk of one key head. X stands transposed, [j, i], as dk needs it."""
@@ -390,7 +392,7 @@ def gated_delta_rule_gradients(
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr, D_OUT: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk of one key head, in 2 + R neighbouring programs: dk, dq, and the gates of every value head.
+    """All gradients of one chunk of one key head, in 2 + R neighbouring programs: dk, dq, every value head's gates.
 
     Together they do not fit in registers. What one of them has read, the others find in the L2 cache.
     """
@@ -408,19 +410,19 @@ def gated_delta_rule_gradients(
         return
     if kind >= 2:
         gate_gradients(
-            chunk, key * R + kind - 2, batch, begin, length, qn, kn, do, gamma, a, b, A_log, dt_bias, h, vn, ds, dv, da, db,
-            partial, do_batch, do_time, do_head, a_batch, a_time, a_head, b_batch, b_time, b_head, scale, T, H, bound,
-            R, K, V, VV, BV, C, PRECISION, D_OUT,
+            chunk, key * R + kind - 2, batch, begin, length, qn, kn, do, gamma, a, b, A_log, dt_bias, h, vn, ds, dv,
+            da, db, partial, do_batch, do_time, do_head, a_batch, a_time, a_head, b_batch, b_time, b_head, scale, T, H,
+            bound, R, K, V, VV, BV, C, PRECISION, D_OUT,
         )  # fmt: skip
     elif kind == 0:
         key_gradient(
-            chunk, key, batch, begin, length, qn, kn, norms, do, gamma, h, vn, ds, dv, dk, do_batch, do_time, do_head, scale,
-            T, H, rows, R, K, V, VV, BV, C, PRECISION, D_OUT,
+            chunk, key, batch, begin, length, qn, kn, norms, do, gamma, h, vn, ds, dv, dk, do_batch, do_time, do_head,
+            scale, T, H, rows, R, K, V, VV, BV, C, PRECISION, D_OUT,
         )  # fmt: skip
     elif D_OUT:
         query_gradient(
-            chunk, key, batch, begin, length, qn, kn, norms, do, gamma, h, vn, dq, do_batch, do_time, do_head, scale, T, H,
-            R, K, V, VV, BV, C, PRECISION,
+            chunk, key, batch, begin, length, qn, kn, norms, do, gamma, h, vn, dq, do_batch, do_time, do_head, scale,
+            T, H, R, K, V, VV, BV, C, PRECISION,
         )  # fmt: skip
 
 
@@ -456,7 +458,8 @@ def backward(
     dv = new(B, T, HV, VV, dtype=v.dtype)
     dq, dk = (new(B, T, H, K, dtype=x) for x in qk_dtypes)
     da, db = new(B, T, HV, dtype=a.dtype), new(B, T, HV, dtype=b.dtype)
-    d_initial = new(0) if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    d_initial = new(0) if initial_state is None else torch.empty_like(initial_state,
+    memory_format=torch.contiguous_format)
     partial = new(2, bound, HV, dtype=torch.float32)
     P = F
     v, *v_walk = walk(v)
@@ -481,11 +484,11 @@ def backward(
         INITIAL=initial_state is not None, TRANSITION=d_transition is not None, D_STATE=d_state is not None,
         D_TRANSITION=d_transition is not None, **common, **use,
     )  # fmt: skip
-    use = launch.config("gated_delta_rule.gradients", **facts)
+    use = launch.config("gated_delta_rule.gradients", **facts, transition=int(VV > V))
     gated_delta_rule_gradients[(bound * H * (2 + R),)](
         qn, kn, norms, F if do is None else do, gamma, a, b, A_log.contiguous(), dt_bias.contiguous(), chunks,
-        h, vn, ds, dv, dq, dk, da, db, partial, *do_walk, *walk_gates(a)[1:], *walk_gates(b)[1:], scale, T, H, B * T, bound,
-        VV=VV, **common, **use,
+        h, vn, ds, dv, dq, dk, da, db, partial, *do_walk, *walk_gates(a)[1:], *walk_gates(b)[1:], scale, T, H, B * T,
+        bound, VV=VV, **common, **use,
     )  # fmt: skip
     dA_log, d_dt_bias = partial[0].sum(0), partial[1].sum(0)
     if VV > V:

@@ -1,8 +1,8 @@
 """Where the chunks lie, and how kernels walk views.  Shapes: N sequences, C = 64 positions a chunk.
 
 A sequence is a document of the packed row, or one of B rows. Every sequence is cut into chunks from its own first
-position, so no chunk holds two of them; only the last is short. How many there are depends on lengths that the host does
-not know: tables on the device say what each program does, and grids are as large as lengths could make them.
+position, so no chunk holds two of them; only the last is short. How many there are depends on lengths that the host
+does not know: tables on the device say what each program does, and grids are as large as lengths could make them.
 
     spans   [N, 4] int32       first chunk, batch row, first position, length
     chunks  [bound, 4] int32   sequence, batch row, first position, length: 0 beyond the last chunk
@@ -83,5 +83,5 @@ def walk(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def walk_gates(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """(x, batch, time, head): strides of x [B, T, HV, ..]. With one row the first does not matter: 0 for every length."""
+    """(x, batch, time, head): strides of x [B, T, HV, ..]; batch is 0 with one row, whatever its length."""
     return x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2)

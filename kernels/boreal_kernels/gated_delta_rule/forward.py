@@ -1,8 +1,8 @@
 """Gated delta rule, forward: all of a chunk that does not need the state, then the scan over chunks.
 
 Shapes: q, k [B, T, H, K], v, o [B, T, HV, V]; R = HV/H; C = 64 positions a chunk; state [N, HV, K, V] FP32. A chunk's
-64x64 matrices F, P are [chunks, HV, C, C], its gamma [chunks, HV, C], its normalised keys and queries [chunks, H, C, K], see
-`chunks`.
+64x64 matrices F, P are [chunks, HV, C, C], its gamma [chunks, HV, C], its normalised keys and queries
+[chunks, H, C, K], see `chunks`.
 
 Per chunk and value head, with c = scale, gamma the sum of log2 decays since the chunk's first position, and
 
@@ -13,11 +13,11 @@ the state S0 that enters makes (arXiv 2412.06464, section 3; no W or U, because 
 
     V^ = F (V - e K S0)        O = c e (Q S0) + P V^        S = e_C S0 + K^T (r V^)
 
-The state stays in registers, transposed, [columns of V, K]: every product on the serial path takes its left operand from
-registers. Never is a product's result transposed into another product: Triton 3.4 to 3.7 miscompiles that on Hopper.
+The state stays in registers, transposed, [columns of V, K]: every product on the serial path takes its left operand
+from registers. Never is a product's result transposed into another product: Triton 3.4-3.7 miscompiles it on Hopper.
 
-What a short chunk lacks is zero in its keys, queries, F and P, and gamma goes on with its last value. What lies there in
-the inputs belongs to another document and may be NaN: those loads are masked.
+What a short chunk lacks is zero in its keys, queries, F and P, and gamma goes on with its last value. What lies there
+in the inputs belongs to another document and may be NaN: those loads are masked.
 """
 
 import torch
@@ -54,7 +54,7 @@ def sigmoid(x):
 
 @triton.jit
 def normalised(x):
-    """x / sqrt(|x|^2 + eps) and 1 / sqrt(|x|^2 + eps), x [C, K] FP32. Correctly rounded, so that exact norms stay exact."""
+    """x / sqrt(|x|^2 + eps) and 1 / sqrt(|x|^2 + eps), x [C, K] FP32. Correctly rounded: exact norms stay exact."""
     norm = tl.sqrt_rn(tl.sum(x * x, axis=1) + L2_EPS)
     rho = tl.div_rn(tl.zeros_like(norm) + 1.0, norm)
     return x * rho[:, None], rho
@@ -183,7 +183,6 @@ def scan_up(
         S = tl.where(value[:, None] - V == column[None, :], 1.0, S)
 
     v += batch * v_batch + head * v_head
-    # Within tiles 32 bits do, and half of the registers.
     at_k = row[:, None] * K + column[None, :]
     at_v = row[None, :] * v_time + value[:, None]
     at_o = row[None, :] * (HV * V) + value[:, None]
@@ -225,8 +224,8 @@ def scan_up(
             tl.store(state + at_state, S)
     if TRANSITION and OUTPUT:
         if not real:
-            at = (n * HV + head).to(tl.int64) * (K * K) + column[None, :] * K + (value - V)[:, None]
-            tl.store(transition + at, S)
+            at_phi = (n * HV + head).to(tl.int64) * (K * K) + column[None, :] * K + (value - V)[:, None]
+            tl.store(transition + at_phi, S)
 
 
 @triton.jit(do_not_specialize=["T", "H", "TILES"])
@@ -270,7 +269,8 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """(o, state, transition, qn, kn, norms, F, gamma, spans, chunks): results, and what the backward reads.
 
-    qn, kn [chunks, H, C, K] normalised, norms [2, B, T, H] FP32 their 1/norm; F, gamma as above. `state` and `transition`
+    qn, kn [chunks, H, C, K] normalised, norms [2, B, T, H] FP32 their 1/norm; F, gamma as above. `state` and
+    `transition`
     are empty where not asked for.
     """
     (B, T, H, K), (HV, V), device = q.shape, v.shape[2:], q.device
@@ -301,7 +301,8 @@ def forward(
     use = launch.config("gated_delta_rule.scan", **facts)
     tiles = (V + K * output_transition) // use["BV"]
     gated_delta_rule_scan[(tiles * HV * N,)](
-        qn, kn, v, gamma, F, P, qn if initial_state is None else initial_state.contiguous(), spans, o, state, transition,
+        qn, kn, v, gamma, F, P, qn if initial_state is None else initial_state.contiguous(), spans, o, state,
+        transition,
         *v_walk, scale, T, H, tiles,
         R=R, K=K, V=V, C=CHUNK, PRECISION=precision(dtype), INITIAL=initial_state is not None, STATE=output_final_state,
         TRANSITION=output_transition, enable_fp_fusion=True, **use,

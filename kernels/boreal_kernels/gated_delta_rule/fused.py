@@ -72,8 +72,8 @@ def gated_delta_rule_backward(
     k_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return backward(
-        do, d_state, d_transition, qn, kn, norms, v, a, b, A_log, dt_bias, initial_state, F, gamma, spans, chunks, scale,
-        (q_dtype, k_dtype),
+        do, d_state, d_transition, qn, kn, norms, v, a, b, A_log, dt_bias, initial_state, F, gamma, spans, chunks,
+        scale, (q_dtype, k_dtype),
     )  # fmt: skip
 
 

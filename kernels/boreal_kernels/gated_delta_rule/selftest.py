@@ -1,10 +1,10 @@
 """Do the kernels, as compiled here, compute exactly?  Shapes: the package's docstring.
 
-Hopper's matrix products read registers and shared memory on their own time, and versions of Triton and of ptxas have let
-them read too late: results that are plausible and wrong. So: inputs with which every number on the way has few digits, and
-results that must agree with float64 in every bit, forward and backward, in bf16 and in FP32.
+Hopper's matrix products read registers and shared memory on their own time, and versions of Triton and of ptxas have
+let them read too late: results that are plausible and wrong. So: inputs with which every number on the way has few
+digits, and results that must agree with float64 in every bit, forward and backward, in bf16 and in FP32.
 
-    keys     one of an orthonormal basis, +-1/2 in 4 places (raw: 2^11 times that, so that the norm's epsilon rounds away)
+    keys     one of an orthonormal basis, +-1/2 in 4 places (raw, 2^11 times that: the norm's epsilon rounds away)
     queries  +-1/2 in 4 places; values, states and gradients of results -1, 0 or 1
     gates    beta = 1; alpha = 1 or 1/2, by FP32 numbers whose product with log2(e) rounds to a whole number
 """
@@ -39,10 +39,11 @@ def run(device, K: int = 128, V: int = 128, R: int = 2, dtypes=(torch.bfloat16, 
             if not torch.equal(got, want):
                 tools, wrong = testing.toolchain(), (got != want).sum().item()
                 what = name if name in ("o", "state", "transition") else f"gradient of {name}"
+                off = (got.double() - want.double()).abs().max()
                 raise RuntimeError(
-                    f"gated_delta_rule: {what} in {dtype}: {wrong} of {want.numel()} numbers differ from float64, off by up to "
-                    f"{(got.double() - want.double()).abs().max():.3g}, where all must be equal. Triton {tools['triton']} with "
-                    f"ptxas {tools['ptxas']} miscompiles it on {tools['device']}; use other versions, or backend torch or fla"
+                    f"gated_delta_rule: {what} in {dtype}: {wrong} of {want.numel()} numbers differ from float64, off "
+                    f"by up to {off:.3g}, where all must be equal. Triton {tools['triton']} with ptxas "
+                    f"{tools['ptxas']} miscompiles it on {tools['device']}; use other versions, or backend torch or fla"
                 )
 
 
@@ -90,16 +91,15 @@ def exact(made: dict[str, Tensor], halvings: Tensor, weights: list[Tensor], R: i
     g.requires_grad_()
     alpha = torch.where(halvings > 0, 0.5, 1.0).double() + g - g.detach()  # the value exact, and the gradient alpha's
     queries, keys = (x / x.square().sum(-1, keepdim=True).sqrt() for x in (q[0, :, 0], k[0, :, 0]))  # [T, K]
-    K, V, t = q.shape[-1], v.shape[-1], 0
+    K, V = q.shape[-1], v.shape[-1]
     outputs, states = [], []
     for n, length in enumerate(LENGTHS):
         S = torch.cat([initial[n], torch.eye(K).double().expand(R, K, K)], dim=-1)  # [R, K, V + K]
-        for t in range(t, t + length):
+        for t in range(len(outputs), len(outputs) + length):
             S = alpha[0, t, :, None, None] * S
             value = torch.nn.functional.pad(v[0, t], (0, K))
             S = S + keys[t][:, None] * (value - keys[t] @ S)[:, None, :]
             outputs.append(0.125 * (queries[t] @ S[..., :V]))
-        t += length > 0
         states.append(S)
     o, S = torch.stack(outputs)[None], torch.stack(states)
     results = (o, S[..., :V], S[..., V:])
@@ -109,5 +109,6 @@ def exact(made: dict[str, Tensor], halvings: Tensor, weights: list[Tensor], R: i
     da = torch.where(halvings > 0, -dg / 32, 0.0)  # exp(A_log) = 1/32; softplus' = 1 or 0
     wanted = dict(zip(("o", "state", "transition"), (x.detach() for x in results), strict=True))
     return wanted | {
-        "q": dq, "k": dk, "v": dv, "a": da, "b": torch.zeros_like(da), "dt_bias": da.sum((0, 1)), "initial_state": d_initial
+        "q": dq, "k": dk, "v": dv, "a": da, "b": torch.zeros_like(da), "dt_bias": da.sum((0, 1)),
+        "initial_state": d_initial,
     }  # fmt: skip

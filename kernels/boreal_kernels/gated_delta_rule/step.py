@@ -24,7 +24,8 @@ def gated_delta_rule_step(
     q_batch, q_head, k_batch, k_head, v_batch, v_head, a_batch, a_head, b_batch, b_head, scale, HV,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """Columns tile*BV .. of one row and value head. FP32 throughout, and no matrix product: each number is used once."""
+    """Columns tile*BV .. of one row and value head. FP32 throughout, and no matrix product: each number is used
+    once."""
     TILES: tl.constexpr = V // BV
     pid = tl.program_id(0)
     head = pid // TILES % HV
