@@ -24,6 +24,16 @@ VARIANTS = {
     "FP32": {"T": 64, "H": 1, "R": 2, "D": 64, "dtypes": (torch.float32,)},
 }  # fmt: skip
 DTYPES = (torch.bfloat16,)
+# Tiles narrower than 64 columns stay out: Triton 3.7.1 reads past shared memory with them (issue 11366).
+CANDIDATES = {
+    "gated_delta_rule.intra": ("forward", [{"MERGE": "tf32", "num_warps": warps} for warps in (4, 8)]),
+    "gated_delta_rule.scan": ("forward", [{"BV": 64, "num_warps": 4, "num_stages": stages} for stages in (1, 2, 3)]),
+    "gated_delta_rule.scans": ("backward", [{"BV": 64, "num_warps": 4, "num_stages": stages} for stages in (1, 2)]),
+    "gated_delta_rule.gradients": (
+        "backward",
+        [{"BV": 64, "num_warps": warps, "num_stages": stages} for warps in (4, 8) for stages in (1, 2)],
+    ),
+}  # fmt: skip
 
 
 def inputs(T, H, R, D, documents=1, initial=False, *, dtype, device, seed=1, **options):
@@ -55,10 +65,11 @@ def proof(device):
     """Raise unless outputs and gradients agree with float64, and products with exact numbers are exact."""
     from boreal_kernels.gated_delta_rule import selftest
 
-    selftest.run(device)
+    dims = (128, 128) if torch.device(device).type == "cuda" else (64, 64)  # interpreted, a minute less
+    selftest.run(device, *dims)
     for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        made = inputs(T=130, H=2, R=2, D=128, documents=2, initial=True, output_final_state=True, dtype=dtype,
-        device=device)
+        options = dict(documents=2, initial=True, output_final_state=True, dtype=dtype, device=device)
+        made = inputs(T=130, H=1, R=2, D=128, **options)
         testing.assert_within(testing.errors(operation, made, "triton"), allowed)
 
 
