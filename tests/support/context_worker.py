@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from boreal_megatron import parallel
-from boreal_megatron.config.schema import Parallel
+from boreal_megatron.config.schema import Kernels, Parallel
 from boreal_megatron.data import batch
 from boreal_megatron.log import quiet
 from boreal_megatron.model import context, rope
 from boreal_megatron.model.config import transformer_config
+from boreal_megatron.model.kernels import chosen
 from boreal_megatron.model.packing import Packing
 from boreal_megatron.model.spec import stack_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -70,7 +71,8 @@ def groups(tp, cp):
 
 def build(kind, pg, **changes):
     """A mixer with weights that depend on names only, cut for its tensor-parallel rank."""
-    layers = stack_spec(MODEL, context_mode="heads" if kind == "heads" else "state").submodules
+    kernels = chosen(Kernels(), MODEL.gdn.head_dim, torch.device("cpu"))
+    layers = stack_spec(MODEL, kernels, context_mode="heads" if kind == "heads" else "state").submodules
     layer = layers.attention_layer if kind == "attention" else layers.gdn_layer
     config = transformer_config(config_for(MODEL, **changes))
     module = build_module(layer.submodules.self_attention, config=config, layer_number=1, pg_collection=pg)
