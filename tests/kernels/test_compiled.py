@@ -56,7 +56,7 @@ def test_all_variants_cost_what_the_table_says():
 
 @pytest.mark.slow
 def test_all_variants_with_another_triton():
-    """As gpu-less machines with it would compile: the other Triton's code through this Triton's newest assembler."""
+    """The other Triton's code through this Triton's newest assembler."""
     folder = ROOT / ".venv" / f"triton-{OTHER_TRITON}"
     if not (folder / "triton").exists():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
