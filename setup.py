@@ -24,10 +24,12 @@ setup(
         "tqdm",
     ],
     extras_require={
+        # Preprocessing: fast engine, fast JSON, more kinds of tokenizers and files. Each is done without, or says so.
+        "data": ["gigatoken>=0.10,<0.11", "orjson", "pyarrow", "sentencepiece", "zstandard"],
         "eval": ["lm-eval>=0.4.13"],
         "export": ["transformers>=5.23"],
         "plot": ["matplotlib"],
-        "test": ["pytest", "pytest-xdist"],
+        "test": ["hypothesis", "pytest", "pytest-xdist"],
     },
     entry_points={"console_scripts": ["boreal=boreal_megatron.cli:main"]},
 )

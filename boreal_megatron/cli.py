@@ -1,7 +1,8 @@
 """The `boreal` command: parse, call one library function, print.
 
 Nothing heavy is imported before a verb needs it. Exit codes: 0 done, or left on a signal with a
-checkpoint; 1 a problem in the input; 130 interrupted.
+checkpoint; 1 a problem; 130 interrupted. `boreal data` tells apart: 2 usage, 3 bad input, 4 storage, 5 interrupted and
+resumable.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def main(argv=None):
         return args.run(args) or 0
     except BorealError as error:
         say_error(error)
-        return 1
+        return error.code
     except KeyboardInterrupt:
         print("boreal: interrupted", file=sys.stderr)
         return 130

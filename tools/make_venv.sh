@@ -37,5 +37,5 @@ fi
 echo "Using $($python --version) at $python"
 # A venv without pip is one whose making was interrupted.
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[export,plot,test]'
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[data,export,plot,test]'
 touch "$venv/.installed"

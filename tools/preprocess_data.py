@@ -8,7 +8,7 @@
 import argparse
 import sys
 
-from boreal_megatron.data.cli import summary
+from boreal_megatron.data.cli import preprocess_arguments, preprocess_options, summary
 from boreal_megatron.data.tokenize import preprocess
 from boreal_megatron.errors import BorealError
 
@@ -18,10 +18,10 @@ def main():
     parser.add_argument("--input", nargs="+", required=True, help="files or folders")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="one dataset for each key")
     parser.add_argument("--output-prefix", required=True)
-    parser.add_argument("--workers", type=int, help="default: one for each core")
+    preprocess_arguments(parser)
     parser.add_argument("--append-eod", action="store_true")
-    parser.add_argument("--tokenizer-type", choices=["HuggingFaceTokenizer"], default="HuggingFaceTokenizer")
-    parser.add_argument("--tokenizer-model", required=True, help="folder with a tokenizer.json")
+    parser.add_argument("--tokenizer-type", choices=["HuggingFaceTokenizer", "GPTSentencePieceTokenizer"], default="HuggingFaceTokenizer")
+    parser.add_argument("--tokenizer-model", required=True, help="folder with tokenizer.json or tokenizer.model")
     args = parser.parse_args()
     try:
         for key in args.json_keys:
@@ -31,11 +31,12 @@ def main():
                 args.output_prefix,
                 json_key=key,
                 append_eod=args.append_eod,
-                workers=args.workers,
+                **preprocess_options(args),
             )
             print(summary(result))
     except BorealError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Megatron's indexed dataset: token ids in `PREFIX.bin`, where each document lies in `PREFIX.idx`.
 
-The files are byte for byte what `megatron.core.datasets.indexed_dataset` writes, with one sequence per document,
-so stock Megatron reads ours and we read its. NumPy only: no torch, so that the data tools start quickly.
+The files are byte for byte what Megatron's preprocessing writes: one sequence per document, none for an empty one.
+Stock Megatron reads ours and we read its. NumPy only: no torch, so that the data tools start quickly.
 
     .idx   9 bytes   b"MMIDIDX\\0\\0"
            u64       version, 1
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from boreal_megatron.durable import flush
-from boreal_megatron.errors import BorealError
+from boreal_megatron.errors import STORAGE, BorealError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -37,6 +37,7 @@ DTYPE_OF_CODE = {
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
 ID_DTYPES = tuple(np.dtype(d) for d in (np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16))
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32
+MAX_DOCUMENTS = 2**31 - 2  # megatron-core numbers documents in int32, and their boundaries are one more
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -70,8 +71,47 @@ def write_errors(path):
             advice = "check that the folder exists and may be written, and run again"
         raise BorealError(
             f"{path}: cannot be written: {os.strerror(error.errno) if error.errno else error}. "
-            f"No unfinished file is left under the final name; {advice}."
+            f"No unfinished file is left under the final name; {advice}.",
+            STORAGE,
         ) from error
+
+
+def index_pieces(dtype, lengths):
+    """Yields the content of an `.idx` piece by piece, in memory that does not grow with the documents.
+
+    A document without tokens has no sequence, as in what Megatron's own preprocessing writes.
+
+    Args:
+        dtype: of the ids.
+        lengths: a function without arguments that returns an iterator over int arrays, the tokens of the documents in
+            order; it is called four times.
+    """
+    sequences = documents = 0
+    for part in lengths():
+        if part.size and part.max() > MAX_DOCUMENT_TOKENS:
+            raise BorealError(
+                f"a document of {part.max():,} tokens; the format holds at most {MAX_DOCUMENT_TOKENS:,} in one. Split it."
+            )
+        sequences, documents = sequences + int(np.count_nonzero(part)), documents + len(part)
+    if documents > MAX_DOCUMENTS:
+        raise BorealError(
+            f"{documents:,} documents in one data set. Expected: at most {MAX_DOCUMENTS:,}, which Megatron's readers count "
+            "in 32 bits. Write several data sets, and blend them."
+        )
+    yield HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[np.dtype(dtype)], sequences, documents + 1)
+    for part in lengths():
+        yield part[part > 0].astype("<i4").tobytes()
+    byte = 0
+    for part in lengths():
+        ends = np.cumsum(part[part > 0], dtype=np.int64) * np.dtype(dtype).itemsize
+        yield (np.concatenate([[0], ends[:-1]]) + byte).astype("<i8")[: len(ends)].tobytes()
+        byte += int(ends[-1]) if len(ends) else 0
+    yield np.zeros(1, "<i8").tobytes()
+    sequence = 0
+    for part in lengths():
+        ends = np.cumsum(part > 0, dtype=np.int64) + sequence
+        yield ends.astype("<i8").tobytes()
+        sequence = int(ends[-1]) if len(ends) else sequence
 
 
 class _HashedFile:
@@ -205,13 +245,7 @@ class IndexedWriter:
         }
 
     def _index(self):
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        starts = np.zeros(len(lengths), dtype=np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=starts[1:])
-        yield HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype], len(lengths), len(lengths) + 1)
-        yield lengths.tobytes()
-        yield (starts * self.dtype.itemsize).tobytes()
-        yield np.arange(len(lengths) + 1, dtype=np.int64).tobytes()
+        return index_pieces(self.dtype, lambda: iter([np.frombuffer(self._lengths, dtype=np.int32)]))
 
     def discard(self):
         """Gives up: removes what was written. Nothing under the final names is touched."""
@@ -254,8 +288,8 @@ class IndexedReader:
                 hint = ""
                 if str(prefix).endswith((".bin", ".idx")):
                     hint = f" The prefix is written without the ending: {str(prefix)[:-4]}."
-                elif path.with_name(path.name + ".partial").exists():
-                    hint = " There is an unfinished .partial file: preprocessing was stopped; run it again."
+                elif Path(f"{prefix}.parts").exists() or path.with_name(path.name + ".partial").exists():
+                    hint = " There is an unfinished one: preprocessing was stopped; run the same command again."
                 raise self._refuse(path, "no such file", "a .bin and an .idx of the same name", hint)
         self._read_index()
         self._map_tokens()

@@ -17,7 +17,8 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from boreal_megatron.data.tokenize import JSON_LINES, find_files, iter_texts
+from boreal_megatron.data.inputs import find_inputs
+from boreal_megatron.data.tokenize import iter_texts
 from boreal_megatron.errors import BorealError
 
 TARGET_BYTES = 24_000_000
@@ -183,10 +184,10 @@ def _readable(files):
 def _own_documents(text):
     """Yields (text, source) of a user's file or folder; long plain text in pieces, so that some can be held out."""
     root = Path(text)
-    for path, _ in find_files([text]):
-        name = root.name if root.is_file() else Path(path).relative_to(root).as_posix()
-        for content in iter_texts([path]):
-            for piece in [content] if path.lower().endswith(JSON_LINES) else split(content):
+    for file in find_inputs([text], ["text"]):
+        name = root.name if root.is_file() else Path(file.path).relative_to(root).as_posix()
+        for content in iter_texts([file.path]):
+            for piece in split(content) if file.kind == "text" else [content]:
                 yield piece, name
 
 

@@ -16,10 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from boreal_megatron.data import cli, tokenize
+from boreal_megatron.data import cli, inputs
+from boreal_megatron.data.crew import in_order
 from boreal_megatron.data.indexed import IndexedReader, IndexedWriter
+from boreal_megatron.data.inputs import cut, find_inputs
 from boreal_megatron.data.inspect import document, inspect, render
-from boreal_megatron.data.tokenize import Chunk, cut, find_files, in_order, iter_texts, preprocess
+from boreal_megatron.data.tokenize import iter_texts, preprocess
 from boreal_megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, train_bpe
 from boreal_megatron.errors import BorealError, ProblemsError
 
@@ -50,7 +52,11 @@ def run(inputs, folder, out, **more):
 
 
 def outputs(out):
-    return {end: Path(f"{out}_text_document{end}").read_bytes() for end in (".bin", ".idx", ".meta.json")}
+    return {end: Path(f"{out}_text_document{end}").read_bytes() for end in (".bin", ".idx", ".provenance.npy", ".meta.json")}
+
+
+def differing(a, b):
+    return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -95,24 +101,34 @@ def test_workers_and_chunks_do_not_change_a_byte(tmp_path, folder, monkeypatch):
     assert want["documents"] == 2 * len(texts) + 3 and want["input_files"] == 4
     bad = f"{tmp_path}/in/b.jsonl:{len(texts) + 2}: byte {len(body) + 5:,}: malformed JSON: {{]"
     assert want["skipped_first"] == [bad]
-    for workers, chunk in ((1, 3000), (2, 3000), (3, 1000)):
-        monkeypatch.setattr(tokenize, "CHUNK_BYTES", chunk)
-        run([tmp_path / "in"], folder, tmp_path / f"out{workers}", on_bad="skip", workers=workers)
-        assert outputs(tmp_path / f"out{workers}") == outputs(tmp_path / "whole")
+    for workers, part in ((1, 3000), (2, 3000), (3, 1000)):
+        monkeypatch.setattr(inputs, "SMALLEST_PART", part)
+        made = run([tmp_path / "in"], folder, tmp_path / f"out{workers}", on_bad="skip", workers=workers)
+        assert made["parts"] > 10
+        ours, whole = outputs(tmp_path / f"out{workers}"), outputs(tmp_path / "whole")
+        metas = [json.loads(files.pop(".meta.json")) for files in (ours, whole)]
+        assert ours == whole and differing(*metas) == {"job"}  # which says how the inputs were cut
     data = IndexedReader(tmp_path / "whole_text_document")
     decoded = [Tokenizer.load(folder).decode(data.document(i)[:-1]) for i in range(len(data))]
     assert decoded == [*texts, *reversed(texts), "no line end", SOURCE, "last\n"]
 
 
-def test_chunks_are_whole_lines_and_cover_the_file(tmp_path, monkeypatch):
+def test_parts_are_whole_lines_and_cover_the_files(tmp_path):
     lines = [b"x" * (n * n % 97) + b"\n" for n in range(60)] + [b"y" * 200_000 + b"\n", b"last"]
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"".join(lines))
+    (tmp_path / "z.txt").write_bytes(b"one piece\n" * 50)
+    found = find_inputs([path, tmp_path / "z.txt"], ["text"])
     for size in (1, 2, 50, 1000, 1 << 20):
-        monkeypatch.setattr(tokenize, "CHUNK_BYTES", size)
-        chunks = list(cut(find_files([path])))
-        assert [c.start for c in chunks] == [0] + [c.end for c in chunks[:-1]] and chunks[-1].end == path.stat().st_size
-        assert all(path.read_bytes()[c.end - 1 : c.end] == b"\n" for c in chunks[:-1])
+        parts = list(cut(found, size))
+        assert [part.number for part in parts] == list(range(len(parts)))
+        ranges = [piece for part in parts for piece in part.ranges]
+        *json_ranges, text = ranges
+        assert (text.file, text.start, text.end) == (1, 0, 500)
+        assert [r.start for r in json_ranges] == [0] + [r.end for r in json_ranges[:-1]]
+        assert json_ranges[-1].end == path.stat().st_size
+        assert all(path.read_bytes()[r.end - 1 : r.end] == b"\n" for r in json_ranges[:-1])
+        assert all(part.size <= size or len(part.ranges) == 1 for part in parts)
 
 
 def test_a_written_out_marker_ends_no_document(tmp_path, folder, tokenizer):
@@ -185,13 +201,16 @@ def test_what_is_wrong_beside_the_text_does_not_matter(tmp_path, folder):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_line_numbers_count_over_chunks_and_the_list_is_short(tmp_path, folder, monkeypatch, workers):
-    monkeypatch.setattr(tokenize, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(inputs, "SMALLEST_PART", 500)
     lines = [json.dumps({"text": f"line {n}"}) if n % 3 else "{bad" for n in range(1, 100)]
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(lines) + "\n")
     with pytest.raises(BorealError, match=r"in.jsonl:3: byte 38: malformed JSON"):
         run([source], folder, tmp_path / "out", workers=workers)
-    result = run([source], folder, tmp_path / "out", workers=workers, on_bad="skip")
+    with pytest.raises(BorealError, match=r"(?s)2\d of the first .* are bad: 2\d x malformed JSON.*:3: byte 38:.*--max-bad") as error:
+        run([source], folder, tmp_path / "out", workers=workers, on_bad="skip", max_bad=0.3)
+    assert error.value.code == 3
+    result = run([source], folder, tmp_path / "out", workers=workers, on_bad="skip", max_bad=0.4)
     assert result["skipped"] == {"malformed JSON": 33} and result["documents"] == 66
     assert [int(bad.split(":")[1]) for bad in result["skipped_first"]] == list(range(3, 63, 3))
     assert "passed over 33: 33 x malformed JSON" in cli.summary(result) and "and 13 more" in cli.summary(result)
@@ -206,7 +225,7 @@ def test_training_a_tokenizer_names_a_bad_line(tmp_path, folder):
 
 
 def test_training_counts_lines_over_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(inputs, "SMALLEST_PART", 500)
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n\n' * 100 + "{bad\n")
     with pytest.raises(BorealError, match=r"in.jsonl:201: byte 1,500: malformed JSON"):
         list(iter_texts([tmp_path / "in.jsonl"]))
@@ -248,13 +267,13 @@ def test_bad_text_files(tmp_path, folder):
 
 def test_wrong_inputs_are_all_named_before_the_start(tmp_path, folder):
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "packed.jsonl.gz").write_bytes(b"x")
+    (tmp_path / "packed.zip").write_bytes(b"x")
     (tmp_path / "hollow").mkdir()
     jsonl(tmp_path / "good.jsonl", ["a"])
-    names = ["missing.jsonl", "empty.jsonl", "packed.jsonl.gz", "hollow", "good.jsonl"]
+    names = ["missing.jsonl", "empty.jsonl", "packed.zip", "none*.txt", "hollow", "good.jsonl"]
     with pytest.raises(ProblemsError) as error:
         run([tmp_path / name for name in names], folder, tmp_path / "out")
-    assert [any(name in p for p in error.value.problems) for name in names] == [True] * 4 + [False]
+    assert [any(name in p for p in error.value.problems) for name in names] == [True] * 5 + [False]
     assert not list(tmp_path.glob("out*"))
     with pytest.raises(ProblemsError, match="no inputs"):
         run([], folder, tmp_path / "out")
@@ -262,7 +281,11 @@ def test_wrong_inputs_are_all_named_before_the_start(tmp_path, folder):
 
 def test_wrong_arguments(tmp_path, folder):
     source = jsonl(tmp_path / "in.jsonl", ["a"])
-    for more, message in (({"workers": 0}, "workers=0"), ({"on_bad": "ignore"}, "'fail' or 'skip'")):
+    for more, message in (
+        ({"workers": 0}, "workers=0"), ({"on_bad": "ignore"}, "'fail', 'skip', 'quarantine'"), ({"tst_bag": 0}, "tst_bag=0"),
+        ({"special": "x"}, "'encode', 'split', 'error'"), ({"shard": (2, 2)}, "shard=2/2"), ({"max_bad": 1.5}, "max_bad"),
+        ({"engine": "fast"}, "'auto'"), ({"engine": "sentencepiece"}, "auto or hf"), ({"shard": (0, 2)}, "make 1 parts"),
+    ):  # fmt: skip
         with pytest.raises(BorealError, match=message):
             run([source], folder, tmp_path / "out", **more)
     with pytest.raises(BorealError, match="a folder"):
@@ -294,15 +317,17 @@ def test_a_failed_run_leaves_the_earlier_output_alone(tmp_path, folder):
 
 
 class Act(NamedTuple):
-    """A job that, at the chunk that starts at 3, does something a worker should not."""
+    """A job that does, with the piece 3, something a worker should not."""
 
     what: str
 
-    def start(self):
-        return self.work
+    def start(self, say):
+        return lambda piece: self.work(piece, say)
 
-    def work(self, chunk):
-        if chunk.start == 3:
+    def work(self, piece, say):
+        if self.what == "say":
+            say(piece)
+        if piece == 3:
             if self.what == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.what == "exit":
@@ -310,10 +335,10 @@ class Act(NamedTuple):
             if self.what == "raise":
                 raise ZeroDivisionError("not foreseen")
             if self.what == "refuse":
-                raise BorealError("foreseen")
+                raise BorealError("foreseen", 3)
             if self.what == "dawdle":
                 time.sleep(0.5)
-        return chunk.start
+        return piece
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes under /proc")
@@ -324,30 +349,37 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lo
     ("what", "kind", "message"),
     [
         ("die", BorealError, "exit code -9 .*fewer --workers"),
-        ("exit", BorealError, "f, bytes 3 to 4: a worker process ended with exit code 3"),
-        ("raise", RuntimeError, "f, bytes 3 to 4:[^$]*ZeroDivisionError: not foreseen"),
+        ("exit", BorealError, "^3: a worker process ended with exit code 3"),
+        ("raise", RuntimeError, "^3:[^$]*ZeroDivisionError: not foreseen"),
         ("refuse", BorealError, "^foreseen$"),
     ],
 )
 def test_a_failing_worker_is_an_error_and_no_process_stays(what, kind, message):
     before = children(os.getpid())  # other tests may have left some
     with pytest.raises(kind, match=message):
-        list(in_order((Chunk("f", n, n + 1) for n in range(50)), Act(what), 2))
+        list(in_order(range(50), Act(what), 2))
     assert children(os.getpid()) == before
 
 
 def test_results_keep_their_order_and_few_are_under_way():
-    given = []
+    given, came = [], []
 
-    def chunks():
+    def pieces():
         for n in range(60):
             given.append(n)
-            yield Chunk("f", n, n + 1)
+            yield n
 
-    results = in_order(chunks(), Act("dawdle"), 2)
+    results = in_order(pieces(), Act("dawdle"), 2, arrived=came.append)
     assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
     assert len(given) <= 4 + 4 * 2 + 1
     assert list(results) == list(range(4, 60))
+    assert sorted(came) == list(range(60)) != came  # an answer is heard of before its turn
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_workers_say_is_heard(workers):
+    heard = []
+    assert list(in_order(range(9), Act("say"), workers, hear=heard.append)) == sorted(heard) == list(range(9))
 
 
 def children(pid):
@@ -372,63 +404,6 @@ def wait_until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.01)
-
-
-SCRIPT = """
-import sys
-from boreal_megatron.data import tokenize
-from boreal_megatron.errors import BorealError
-tokenize.CHUNK_BYTES = 20_000
-if {limit}:
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-try:
-    tokenize.preprocess([{source!r}], {folder!r}, {out!r}, workers=2, progress=False)
-except BorealError as error:
-    sys.exit(str(error))
-"""
-
-
-@pytest.fixture(scope="session")
-def long_input(tmp_path_factory):
-    """Seconds of work, so that no run is over before a busy machine gets round to stopping it."""
-    return jsonl(tmp_path_factory.mktemp("long") / "in.jsonl", [f"{n} {SOURCE}" for n in range(5000)])
-
-
-def start(folder, source, out, limit=0):
-    code = SCRIPT.format(source=str(source), folder=str(folder), out=str(out), limit=limit)
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-
-
-@needs_proc
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_leaves_nothing_that_looks_whole(tmp_path, folder, long_input, sig):
-    process = start(folder, long_input, tmp_path / "out")
-    partial = tmp_path / "out_text_document.bin.partial"
-    wait_until(lambda: (partial.exists() and partial.stat().st_size) or process.poll() is not None)
-    assert process.poll() is None, process.stderr.read()
-    workers = children(process.pid)
-    assert len(workers) == 2
-    process.send_signal(sig)
-    process.wait(20)
-    process.stderr.close()
-    assert [p.name for p in tmp_path.iterdir()] == ([partial.name] if sig == signal.SIGKILL else [])
-    wait_until(lambda: not any(map(alive, workers)))
-    if sig == signal.SIGKILL:
-        with pytest.raises(BorealError, match="unfinished"):
-            IndexedReader(tmp_path / "out_text_document")
-        run([jsonl(tmp_path / "in.jsonl", ["a b"])], folder, tmp_path / "out")
-        assert len(IndexedReader(tmp_path / "out_text_document")) == 1 and not partial.exists()
-
-
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, folder, long_input):
-    run([jsonl(tmp_path / "in.jsonl", ["earlier"])], folder, tmp_path / "out")
-    earlier = outputs(tmp_path / "out")
-    process = start(folder, long_input, tmp_path / "out", limit=30_000)
-    _, message = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "out_text_document.bin: cannot be written" in message and "free some space" in message
-    assert outputs(tmp_path / "out") == earlier and not list(tmp_path.glob("*.partial"))
 
 
 # --- inspect and the command line -------------------------------------------------------------------------------------
