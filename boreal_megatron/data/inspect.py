@@ -39,14 +39,19 @@ def inspect(prefix, progress=False):
 
 
 def check(prefixes, progress=True):
-    """Reads datasets once and returns everything that is wrong with them.
+    """Reads datasets once and returns everything that is wrong with them, together.
 
     Returns:
         {"datasets": {prefix: what `inspect` returns, or {"prefix", "problems"} where it cannot be read},
         "documents", "tokens", "duplicate_documents" (within and between the datasets), "problems", "notes" (of all,
         each beginning with the prefix)}.
     """
-    datasets, parts = {}, []
+    return scan_all(prefixes, "check", progress)[0]
+
+
+def scan_all(prefixes, what, progress, frequencies=False):
+    """Returns what `check` does, and {prefix: Scan} of those that can be read; `what` names the bar."""
+    datasets, parts, scans = {}, [], {}
     for prefix in dict.fromkeys(map(str, prefixes)):
         datasets[prefix] = {"prefix": prefix, "problems": [], "notes": []}
         try:
@@ -54,10 +59,11 @@ def check(prefixes, progress=True):
         except BorealError as error:
             datasets[prefix]["problems"].append(str(error))
     duplicates = Duplicates()
-    with bar(sum(part.tokens * part.dtype.itemsize for part in parts), "check", progress) as shown:
+    with bar(sum(part.tokens * part.dtype.itemsize for part in parts), what, progress) as shown:
         for part in parts:
             try:
-                datasets[str(part.prefix)] = Scan(part, shown, also=duplicates).report()
+                scanned = Scan(part, shown, duplicates, frequencies)
+                datasets[str(part.prefix)], scans[str(part.prefix)] = scanned.report(), scanned
             except BorealError as error:  # changed or removed since it was opened
                 datasets[str(part.prefix)]["problems"].append(str(error))
     sound = [found for found in datasets.values() if "tokens" in found]
@@ -67,17 +73,18 @@ def check(prefixes, progress=True):
     }
     if len(makers := {found["tokenizer_sha256"] for found in sound if "tokenizer_sha256" in found}) > 1:
         of_all["notes"].append(f"made by {len(makers)} different tokenizers: no model can be trained on all of them")
-    return {
+    result = {
         "datasets": datasets,
         "documents": sum(found["documents"] for found in sound),
         "tokens": sum(found["tokens"] for found in sound),
         "duplicate_documents": duplicates.count(),
         **of_all,
     }
+    return result, scans
 
 
 class Duplicates:
-    """Counts documents equal to another one before them, by 64-bit hashes.
+    """Counts documents equal to another one before them, byte for byte, by 64-bit hashes.
 
     Exact as long as LIMIT hashes hold all documents; beyond, an estimate from those whose hash ends in `bits` zeros,
     so that memory stays bounded.
@@ -106,7 +113,7 @@ class Duplicates:
 class Lengths:
     """How many documents have which length: exact quantiles in bounded memory, whatever the number of documents."""
 
-    SHORT = 1 << 20  # longer ones are few: a list holds them
+    SHORT = 1 << 17  # longer ones are few: a list holds them
 
     def __init__(self):
         self.short, self.long = np.zeros(self.SHORT, np.int64), []
@@ -116,6 +123,11 @@ class Lengths:
         counts = np.bincount(tokens[tokens < self.SHORT])
         self.short[: counts.size] += counts
         self.long.append(tokens[tokens >= self.SHORT])
+
+    def add_all(self, other):
+        """`other`: Lengths of other documents."""
+        self.short += other.short
+        self.long += other.long
 
     def counted(self):
         """(lengths, documents of each), both rising int64."""
@@ -135,13 +147,14 @@ class Scan:
 
     Attributes:
         lengths: `Lengths` of the documents.
+        sidecars: {name: its rows, a memory map}.
         frequencies: int64, how often each id occurs, up to the largest or LARGEST_VOCABULARY; only if asked for.
     """
 
     def __init__(self, part, shown, also=None, frequencies=False):
         """`shown`: a bar to move by bytes; `also`: `Duplicates` that count these documents too."""
         self.part, meta = part, part.meta
-        self.lengths, self.duplicates = Lengths(), Duplicates()
+        self.lengths, duplicates = Lengths(), Duplicates()
         self.frequencies = np.zeros(0, np.int64) if frequencies else None
         self.smallest, self.largest = np.iinfo(np.int64).max, np.iinfo(np.int64).min
         self.ends = self.ends_at_end = self.out_of_range = self.empty = self.too_long = 0
@@ -157,8 +170,9 @@ class Scan:
                     sha256.update(data)
                 self._look_at(np.frombuffer(data, part.dtype), block.tokens[i:j], hashes.add(i, j, data))
                 shown.update(len(data))
-            for counter in filter(None, (self.duplicates, also)):
+            for counter in (duplicates, also) if also else (duplicates,):
                 counter.add(hashes.of_all())
+        self.duplicates, self.estimated = duplicates.count(), duplicates.bits > 0
         self.agrees = meta and {
             "bin": sha256.hexdigest() == meta["bin_sha256"],
             "idx": _sha256(idx_path(part.prefix)) == meta["idx_sha256"],
@@ -242,14 +256,13 @@ class Scan:
     def report(self):
         """What `inspect` returns."""
         part, meta, problems, notes = self.part, self.part.meta, list(self.problems), list(self.notes)
-        duplicates = self.duplicates.count()
         found = {
             "prefix": str(part.prefix),
             "documents": part.documents,
             "tokens": part.tokens,
             "dtype": part.dtype.name,
             "empty_documents": self.empty,
-            "duplicate_documents": duplicates,
+            "duplicate_documents": self.duplicates,
             "length_quantiles": self.lengths.quantiles(),
             "smallest_id": self.smallest,
             "largest_id": self.largest,
@@ -263,9 +276,9 @@ class Scan:
             )
         if self.empty:
             notes.append(f"{self.empty:,} empty documents")
-        if duplicates:
-            about = "about " if self.duplicates.bits else ""
-            notes.append(f"{about}{duplicates:,} documents equal to one before them")
+        if self.duplicates:
+            about = "about " if self.estimated else ""
+            notes.append(f"{about}{self.duplicates:,} documents equal to one before them")
         if meta is None:
             notes.append("no .meta.json beside it: vocabulary, document ends and checksums are not checked")
             return found
