@@ -9,17 +9,18 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from boreal_megatron.data.blocks import Output, Part, read_meta, write_outputs
+from boreal_megatron.data.blocks import Part, read_meta
+from boreal_megatron.data.output import Output, write_outputs
 from boreal_megatron.errors import BorealError, ProblemsError
 
 # Of the description: what all parts must share, what is added up, what is listed once; `made_of` says the rest.
 SAME = ("tokenizer_sha256", "vocab_size", "eod", "append_eod")
-SUMS = ("text_bytes", "input_bytes", "input_files")
+SUMS = ("text_bytes", "input_bytes", "input_files", "special_documents")
 LISTS = ("inputs", "files")
 OF_ONE = ("documents", "tokens", "skipped", "skipped_first", "bin_sha256", "idx_sha256", "made_of", "shard", "tst")
 FIRST_SKIPPED = 20
 # What the shards of one job have in common besides SAME.
-JOB = ("inputs", "files", "json_key", "engine", "special_in_text", "tool")
+JOB = ("job", "inputs", "json_key")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})(_.*)?")
 
 
@@ -176,6 +177,8 @@ def _joined(parts):
     joined["skipped_first"] = [line for meta in metas for line in meta.get("skipped_first", [])][:FIRST_SKIPPED]
     if bagging(metas[0]):
         joined["tst"] = bagging(metas[0])
+    if "job" in joined and all("shard" in meta for meta in metas):
+        joined["shard"] = [0, 1]  # the job is whole again
     if "files" in joined:
         joined["input_files"] = len(joined["files"])
     joined["made_of"] = [

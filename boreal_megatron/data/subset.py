@@ -13,8 +13,9 @@ import os
 
 import numpy as np
 
-from boreal_megatron.data.blocks import Output, Part, write_outputs
-from boreal_megatron.data.merge import OF_ONE, bagging
+from boreal_megatron.data.blocks import Part
+from boreal_megatron.data.merge import OF_ONE, SUMS, bagging
+from boreal_megatron.data.output import Output, write_outputs
 from boreal_megatron.errors import BorealError, ProblemsError
 
 SPACE = 1 << 64  # hashes
@@ -92,7 +93,7 @@ def _write(part, seed, keeps, shares, what, progress):
         if meta:
             of = {"prefix": str(part.prefix), "bin_sha256": part.meta["bin_sha256"]}
             # Bytes of text and lines passed over are known of the whole only.
-            meta = {key: value for key, value in meta.items() if key not in ("text_bytes", "input_bytes")}
+            meta = {key: value for key, value in meta.items() if key not in (*SUMS, "job")}
             meta |= {"skipped": {}, "made_of": [of | {what: shares[name], "seed": seed}]}
             meta |= {"tst": bagging(part.meta)} if bagging(part.meta) else {}
         outputs.append(Output(name, [(part, keep)], meta))

@@ -6,8 +6,9 @@ import json
 import numpy as np
 from hypothesis import strategies as st
 
-from boreal_megatron.data.blocks import PROVENANCE, files_of, sidecar_path
+from boreal_megatron.data.blocks import PROVENANCE, sidecar_path
 from boreal_megatron.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION, bin_path, idx_path, meta_path
+from boreal_megatron.data.output import files_of
 
 EOD, VOCABULARY = 0, 50
 

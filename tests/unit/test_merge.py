@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from boreal_megatron.data import blocks
+from boreal_megatron.data import blocks, output
 from boreal_megatron.data.indexed import IndexedReader
 from boreal_megatron.data.merge import find_shards, merge, merge_shards, render
 from boreal_megatron.data.tokenize import preprocess
@@ -122,7 +122,7 @@ def test_same_as_tokenizing_everything_in_one_run(corpus_files, tmp_path):
     assert all(ours[ending] == theirs[ending] for ending in ours if ending != ".meta.json")
     ours, theirs = json.loads(ours[".meta.json"]), json.loads(theirs[".meta.json"])
     assert ours["skipped"]["malformed JSON"] == 3
-    same = theirs.keys() - {"inputs", "skipped_first"}
+    same = theirs.keys() - {"inputs", "skipped_first"}  # each shard is given one file, and counts its own lines
     assert {key: ours.get(key) for key in same} == {key: theirs[key] for key in same}
 
 
@@ -132,6 +132,36 @@ def merge_shards_of_one_job(folder):
         meta = json.loads(path.read_text())
         path.write_text(json.dumps(meta | {"inputs": ["all"]}))
     return merge_shards(folder / "out", progress=False)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_bytes().decode("utf-8", "surrogateescape").splitlines()]
+
+
+def test_lists_follow_their_documents(tmp_path, small_blocks):
+    a, b, c = (make(tmp_path / name, PLAIN, meta={}) for name in "abc")
+    for prefix, documents_, raws in ((a, (0, 2), (b"{\n", b"bad\n")), (c, (1,), (b"\xff\n",))):
+        rows = [{"document": n, "file": f"{prefix.name}\udcff", "tokens": ["<s>"]} for n in documents_]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        Path(f"{prefix}.special.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+        starts = np.cumsum([0, *map(len, raws)])
+        rows = [{"reason": "x", "raw_start": int(n), "raw_bytes": len(raw) - 1} for n, raw in zip(starts, raws)]
+        Path(f"{prefix}.quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"reason": "y"}]))
+        Path(f"{prefix}.quarantine.raw").write_bytes(b"".join(raws))
+    quiet([a, b, c], tmp_path / "out")
+    rows = lines_of(tmp_path / "out.special.jsonl")
+    assert [(row["document"], row["file"]) for row in rows] == [(0, "a\udcff"), (2, "a\udcff"), (7, "c\udcff")]
+    raw = (tmp_path / "out.quarantine.raw").read_bytes()
+    rows = lines_of(tmp_path / "out.quarantine.jsonl")
+    cut = [raw[r["raw_start"] :][: r["raw_bytes"]] for r in rows if "raw_start" in r]
+    assert cut == [b"{", b"bad", b"\xff"] and [r["reason"] for r in rows] == ["x", "x", "y", "x", "y"]
+    quiet([b], tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == {".bin", ".idx", ".meta.json"}
+    for wrong in ('{"document": 3}', '{"document": 2}\n{"document": 0}', "{"):
+        Path(f"{b}.special.jsonl").write_text(wrong)
+        with pytest.raises(BorealError, match="b.special.jsonl"):
+            quiet([b], tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == {".bin", ".idx", ".meta.json"}
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
@@ -170,8 +200,8 @@ def test_missing_and_foreign_shards_are_named(tmp_path):
 
 def test_shards_of_different_jobs_are_refused(tmp_path):
     shards(tmp_path, 2)
-    make(tmp_path / "o-00001-of-00002_text_document", PLAIN, meta={"inputs": ["y"], "files": ["x"]})
-    with pytest.raises(ProblemsError, match="inputs: .*one job"):
+    make(tmp_path / "o-00001-of-00002_text_document", PLAIN, meta={"inputs": ["x"], "files": ["x"], "job": "b"})
+    with pytest.raises(ProblemsError, match="job: .*one job"):
         merge_shards(tmp_path / "o", progress=False)
     assert not (tmp_path / "o_text_document.idx").exists()
 
@@ -257,7 +287,7 @@ def test_files_of_an_earlier_output_do_not_stay_beside_the_new_one(tmp_path):
 
 def test_too_many_documents(tmp_path, monkeypatch):
     names = [make(tmp_path / name, PLAIN) for name in "ab"]
-    monkeypatch.setattr(blocks, "MAX_DOCUMENTS", 5)
+    monkeypatch.setattr(output, "MAX_DOCUMENTS", 5)
     with pytest.raises(BorealError, match="6 documents. Expected: at most 5.*sources of the blend"):
         quiet(names, tmp_path / "out")
 
@@ -266,19 +296,19 @@ def test_space_is_checked_before(tmp_path, monkeypatch):
     """The one thing replaced is how much space the disk says to have."""
     a = make(tmp_path / "a", PLAIN)
     need = sum(map(len, contents(a).values()))
-    usage = blocks.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(blocks.shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
+    usage = output.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
     with pytest.raises(ProblemsError, match=f"{need - 1} bytes free. Expected: {need}"):
         quiet([a], tmp_path / "new/folder/out")
     assert not (tmp_path / "new").exists()
-    monkeypatch.setattr(blocks.shutil, "disk_usage", lambda _: usage._replace(free=need))
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=need))
     quiet([a], tmp_path / "new/folder/out")
 
 
 SCRIPT = """
 import resource, sys
 import numpy as np
-from boreal_megatron.data import blocks
+from boreal_megatron.data import blocks, output
 from boreal_megatron.data.merge import merge
 from boreal_megatron.errors import BorealError
 {setup}

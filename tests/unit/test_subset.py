@@ -150,6 +150,19 @@ def test_a_part_and_its_source(thousand, tmp_path):
     assert check([tmp_path / "both"], progress=False)["problems"] == []
 
 
+def test_lists_follow_the_documents_that_are_taken(thousand, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    prefix, docs = thousand
+    (tmp_path / "all.special.jsonl").write_text("".join(f'{{"document": {n}, "was": {n}}}\n' for n in range(0, 1000, 3)))
+    (tmp_path / "all.quarantine.raw").write_text("x\n")
+    sample(prefix, tmp_path / "s", documents=300, progress=False)
+    taken = numbers(tmp_path / "s", docs)
+    rows = [json.loads(line) for line in open(tmp_path / "s.special.jsonl")]
+    assert [row["was"] for row in rows] == [n for n in taken if n % 3 == 0]
+    assert [row["document"] for row in rows] == [at for at, n in enumerate(taken) if n % 3 == 0]
+    assert not (tmp_path / "s.quarantine.raw").exists()
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
