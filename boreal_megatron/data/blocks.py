@@ -8,6 +8,7 @@ several sequences or of none, as other tools write them. What is written out of 
 D documents and S sequences of a data set; d documents and s sequences of a block.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -53,6 +54,18 @@ def read_meta(prefix):
             f"{path}: cannot be read: {error}. Expected: the JSON object that `boreal data preprocess` writes. "
             "Copy it again, or remove it to go without."
         ) from None
+
+
+@contextlib.contextmanager
+def read_errors(path):
+    """Turns an OSError while reading `path` into a message: what failed, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise BorealError(
+            f"{path}: cannot be read: {error.strerror or error}. Expected: a file that may be read, and stays while it is. "
+            "Check the disk and the permissions, and run again."
+        ) from error
 
 
 def sidecar_path(prefix, name):
@@ -128,7 +141,7 @@ class Part:
         size = path.stat().st_size
         if size < HEADER.size:
             raise self._refuse(path, f"{size} bytes", f"an index with a header of {HEADER.size} bytes")
-        with open(path, "rb") as file:
+        with read_errors(path), open(path, "rb") as file:
             magic, version, code, self.sequences, boundaries = HEADER.unpack(file.read(HEADER.size))
         self.documents = boundaries - 1
         if magic != MAGIC:
@@ -161,7 +174,8 @@ class Part:
         first = sequence = start = 0
 
         def take(dtype, count, before):
-            return np.fromfile(path, dtype, count, offset=HEADER.size + before)
+            with read_errors(path):
+                return np.fromfile(path, dtype, count, offset=HEADER.size + before)
 
         while first < self.documents:
             count = min(BLOCK, self.documents - first)
@@ -192,14 +206,18 @@ class Part:
         They are whole documents of together at most PIECE_TOKENS, or i + 1 = j and one part of a longer document,
         whose parts follow each other. Pieces without any of the documents `wanted`, bool `[d]`, are passed over.
         """
-        with open(bin_path(self.prefix), "rb") as file:
+        path, itemsize = bin_path(self.prefix), self.dtype.itemsize
+        with contextlib.ExitStack() as stack:
+            with read_errors(path):
+                file = stack.enter_context(open(path, "rb"))
             for i, j, start, end in _cut(block.tokens):
                 if wanted is not None and not wanted[i:j].any():
                     continue
-                file.seek((block.start + start) * self.dtype.itemsize)
-                data = file.read((end - start) * self.dtype.itemsize)
-                if len(data) != (end - start) * self.dtype.itemsize:
-                    raise self._refuse(bin_path(self.prefix), "cut short while it was read", "no writer of it now")
+                with read_errors(path):
+                    file.seek((block.start + start) * itemsize)
+                    data = file.read((end - start) * itemsize)
+                if len(data) != (end - start) * itemsize:
+                    raise self._refuse(path, "cut short while it was read", "no writer of it now")
                 yield i, j, data
 
 

@@ -91,6 +91,8 @@ class Output:
         for part, _ in self.sources:
             if "provenance" in found and not (part.meta and "files" in part.meta):
                 problems.append(f"{part.prefix}.provenance.npy: no file names ('files') in the .meta.json; move it away")
+            if sidecar_path(part.prefix, "bags").exists() and not self._bags():
+                problems.append(f"{part.prefix}.bags.npy: no such bags in the .meta.json ('tst'); move it away")
         if problems:
             raise ProblemsError(f"{self.prefix}: side-cars", problems)
         return found

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from boreal_megatron.data import blocks, inspect
 from boreal_megatron.data.inspect import Duplicates, Lengths, check, render, render_check
+from boreal_megatron.errors import BorealError
 from tests.support.finished import EOD, documents, make, provenance
 from tests.unit.test_indexed import DAMAGE, edit, write
 
@@ -111,6 +112,20 @@ def test_documents_too_long_for_the_loader(tmp_path, monkeypatch):
     monkeypatch.setattr(inspect, "MAX_DOCUMENT_TOKENS", 2)
     [problem] = quiet(make(tmp_path / "a", DOCS, meta=SOUND))["problems"]
     assert "2 documents of more than 2 tokens" in problem
+
+
+def test_files_that_go_or_shrink_while_they_are_read(tmp_path):
+    part = blocks.Part(make(tmp_path / "a", DOCS))
+    [block] = part.blocks()
+    os.truncate(tmp_path / "a.bin", 6)
+    with pytest.raises(BorealError, match="a.bin: cut short while it was read"):
+        list(part.pieces(block))
+    os.remove(tmp_path / "a.bin")
+    with pytest.raises(BorealError, match="a.bin: cannot be read: No such file"):
+        list(part.pieces(block))
+    os.remove(tmp_path / "a.idx")
+    with pytest.raises(BorealError, match="a.idx: cannot be read: No such file"):
+        list(part.blocks())
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

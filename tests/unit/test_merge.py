@@ -259,8 +259,10 @@ def test_provenance_that_points_nowhere_is_refused(tmp_path):
         quiet([a], tmp_path / "out")
     make(tmp_path / "a", PLAIN)
     os.remove(tmp_path / "a.meta.json")
-    with pytest.raises(BorealError, match="no file names"):
+    np.save(tmp_path / "a.bags.npy", np.arange(4))
+    with pytest.raises(ProblemsError, match="no file names") as error:
         quiet([a], tmp_path / "out")
+    assert "a.bags.npy: no such bags" in error.value.problems[1]
 
 
 def test_a_changed_part_is_refused_and_the_earlier_output_stays(tmp_path):
