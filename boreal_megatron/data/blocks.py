@@ -63,7 +63,7 @@ def read_errors(path):
         yield
     except OSError as error:
         raise BorealError(
-            f"{path}: cannot be read: {error.strerror or error}. Expected: a file that may be read, and stays while it is. "
+            f"{path}: cannot be read: {error.strerror or error}. Expected: a file that may be read, and stays. "
             "Check the disk and the permissions, and run again."
         ) from error
 

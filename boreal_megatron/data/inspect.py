@@ -272,7 +272,7 @@ class Scan:
         }
         if self.too_long:
             problems.append(
-                f"{self.too_long:,} documents of more than {MAX_DOCUMENT_TOKENS:,} tokens, which int32 offsets cannot reach"
+                f"{self.too_long:,} documents of more than {MAX_DOCUMENT_TOKENS:,} tokens, beyond int32 offsets"
             )
         if self.empty:
             notes.append(f"{self.empty:,} empty documents")
@@ -366,8 +366,8 @@ def render_check(result):
     """Returns a `check` result as text for people."""
     count, wrong = len(result["datasets"]), len(result["problems"])
     lines = [
-        f"{count:,} dataset{'s' if count != 1 else ''}: {result['documents']:,} documents, {result['tokens']:,} tokens, "
-        f"{result['duplicate_documents']:,} documents equal to one before them"
+        f"{count:,} dataset{'s' if count != 1 else ''}: {result['documents']:,} documents, "
+        f"{result['tokens']:,} tokens, {result['duplicate_documents']:,} documents equal to one before them"
     ]
     lines += [f"note: {note}" for note in result["notes"]]
     lines += [f"PROBLEM: {problem}" for problem in result["problems"]]

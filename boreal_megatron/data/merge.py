@@ -46,8 +46,8 @@ def merge(prefixes, out, progress=True):
     if len(same) < len(names):
         twice = sorted(name for name, count in Counter(names).items() if count > 1)
         raise BorealError(
-            f"merge: named twice: {', '.join(twice) or 'one data set by two paths'}. Expected: each once; its documents "
-            "would be in the result twice. To see a source more often, give it a larger weight in the blend."
+            f"merge: named twice: {', '.join(twice) or 'one data set by two paths'}. Expected: each once; its "
+            "documents would be in the result twice. To see a source more often, give it a larger weight in the blend."
         )
     if Path(out).resolve() in same:
         raise BorealError(f"{out}: both an input and the output. Expected: another prefix for the output.")
@@ -115,7 +115,8 @@ def find_shards(out):
         for names in shards.values():
             metas = [(name, read_meta(name) or {}) for name in names]
             for key in JOB:
-                problems += _different(key, [(name, meta.get(key)) for name, meta in metas], "one job: run it again whole")
+                values = [(name, meta.get(key)) for name, meta in metas]
+                problems += _different(key, values, "one job: run it again whole")
     if problems:
         raise ProblemsError(f"{out}: shards", problems)
     return shards

@@ -1,6 +1,6 @@
 """New data sets made of documents of finished ones, in bounded memory.
 
-    [(part, which of its documents)] -> Output -> .bin, .idx, side-cars, lists and .meta.json, together under their names
+    [(part, which of its documents)] -> Output -> .bin, .idx, side-cars, lists, .meta.json, under their names together
 
 Side-cars have a row for each document and follow it. Lists are lines about some documents (special tokens written out
 in their text) or about what became none (the quarantine); they exist only where they have lines.
@@ -68,7 +68,7 @@ class Output:
             self.sequences += int(block.sequences[kept].sum())
             self.tokens += int(block.tokens[kept].sum())
         if not self.tokens:
-            raise BorealError(f"{prefix}: no tokens fall to it. Expected: at least one document; give it a larger share.")
+            raise BorealError(f"{prefix}: no tokens fall to it. Expected: at least one document; raise its share.")
         if self.documents > MAX_DOCUMENTS:
             raise BorealError(
                 f"{prefix}: {self.documents:,} documents. Expected: at most {MAX_DOCUMENTS:,}, which int32 can number. "
@@ -90,7 +90,7 @@ class Output:
                 )
         for part, _ in self.sources:
             if "provenance" in found and not (part.meta and "files" in part.meta):
-                problems.append(f"{part.prefix}.provenance.npy: no file names ('files') in the .meta.json; move it away")
+                problems.append(f"{part.prefix}.provenance.npy: no file names ('files') in .meta.json; move it away")
             if sidecar_path(part.prefix, "bags").exists() and not self._bags():
                 problems.append(f"{part.prefix}.bags.npy: no such bags in the .meta.json ('tst'); move it away")
         if problems:
@@ -217,8 +217,8 @@ class Output:
                 before += int(np.count_nonzero(kept))
             if row is not None:
                 raise BorealError(
-                    f"{list_path(part.prefix, SPECIAL)}: document {row['document']} after later ones, or not in the data "
-                    "set. Expected: the lines that preprocessing writes. Copy it again, or move it away."
+                    f"{list_path(part.prefix, SPECIAL)}: document {row['document']} after later ones, or none of "
+                    "the data set. Expected: the lines that preprocessing writes. Copy it again, or move it away."
                 )
 
     def _quarantine(self):

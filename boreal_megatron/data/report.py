@@ -23,7 +23,8 @@ HATCHES = ("", "//", "..", "xx", "--", "oo")  # sources are told apart without c
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "x")
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #111; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }
+body { color: #111; background: #fff }
 table { border-collapse: collapse; margin: 1em 0 }
 th, td { padding: .2em .8em; border-bottom: 1px solid #bbb; text-align: right; vertical-align: top }
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere }
@@ -122,7 +123,8 @@ def _summary(result, scans, names, tokenizer):
         size = _vocabulary(scanned, tokenizer)
         rows.append([
             names[prefix], _count(found["documents"]), _count(found["tokens"]), _count(found["duplicate_documents"]),
-            _count(found["empty_documents"]), f"{meta['text_bytes'] / found['tokens']:.2f}" if "text_bytes" in meta else "?",
+            _count(found["empty_documents"]),
+            f"{meta['text_bytes'] / found['tokens']:.2f}" if "text_bytes" in meta else "?",
             f"{found['eod_share']:.3%}" if "eod_share" in found else "?",
             _count(size) if size else "?", f"{_unused(scanned.frequencies, size):.1%}" if size else "?",
         ])  # fmt: skip
@@ -158,7 +160,8 @@ def _lengths_section(scans, names, lengths):
         for name, style in (("median", "-"), ("p99", ":")):
             label = f"{name} of all, {quantiles[name]:,}"
             axes.axvline(max(quantiles[name], 1), color="0.4", linewidth=1, linestyle=style, label=label)
-        axes.set(xscale="log", title="Lengths of documents", xlabel="tokens in the document", ylabel="share of documents")
+        axes.set(xscale="log", title="Lengths of documents")
+        axes.set(xlabel="tokens in the document", ylabel="share of documents")
         axes.legend()
 
     alt = f"Histogram of document lengths: median {quantiles['median']:,}, 99% up to {quantiles['p99']:,} tokens."

@@ -74,7 +74,8 @@ def sample(prefix, out, *, documents=None, tokens=None, fraction=None, seed=0, p
     sizes = {"documents": documents, "tokens": tokens, "fraction": fraction}
     given = {name: size for name, size in sizes.items() if size is not None}
     if len(given) != 1:
-        raise BorealError(f"sample: sizes given: {', '.join(given) or 'none'}. Expected: documents, tokens or fraction.")
+        found = ", ".join(given) or "none"
+        raise BorealError(f"sample: sizes given: {found}. Expected: one of documents, tokens, fraction.")
     [(name, size)] = given.items()
     part = Part(prefix)
     whole = {"documents": part.documents, "tokens": part.tokens, "fraction": 1.0}[name]

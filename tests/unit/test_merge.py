@@ -55,7 +55,12 @@ def test_same_bytes_as_megatron_core(tmp_path, dtype, small_blocks):
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(sets=st.lists(documents, min_size=1, max_size=4), block=st.integers(1, 7), piece=st.integers(1, 9), data=st.data())
+@given(
+    sets=st.lists(documents, min_size=1, max_size=4),
+    block=st.integers(1, 7),
+    piece=st.integers(1, 9),
+    data=st.data(),
+)
 def test_merging_is_concatenation(tmp_path_factory, sets, block, piece, data):
     folder = tmp_path_factory.mktemp("merge")
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -146,7 +151,8 @@ def test_lists_follow_their_documents(tmp_path, small_blocks):
         Path(f"{prefix}.special.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
         starts = np.cumsum([0, *map(len, raws)])
         rows = [{"reason": "x", "raw_start": int(n), "raw_bytes": len(raw) - 1} for n, raw in zip(starts, raws)]
-        Path(f"{prefix}.quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"reason": "y"}]))
+        rows.append({"reason": "y"})
+        Path(f"{prefix}.quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         Path(f"{prefix}.quarantine.raw").write_bytes(b"".join(raws))
     quiet([a, b, c], tmp_path / "out")
     rows = lines_of(tmp_path / "out.special.jsonl")
@@ -211,8 +217,8 @@ def test_shards_of_different_jobs_are_refused(tmp_path):
 
 def test_everything_that_does_not_match_is_listed(tmp_path):
     a = make(tmp_path / "a", PLAIN, meta={})
-    b = make(tmp_path / "b", PLAIN, np.int32, meta={"tokenizer_sha256": "b" * 64, "vocab_size": 51, "eod": 1,
-                                                   "append_eod": True, "tst": {"bag": 4, "boundaries": "flat"}})  # fmt: skip
+    other = {"tokenizer_sha256": "b" * 64, "vocab_size": 51, "eod": 1, "append_eod": True}
+    b = make(tmp_path / "b", PLAIN, np.int32, meta={**other, "tst": {"bag": 4, "boundaries": "flat"}})
     c = make(tmp_path / "c", PLAIN)
     d = make(tmp_path / "d", PLAIN, meta={})
     os.truncate(f"{d}.bin", 3)

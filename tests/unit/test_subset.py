@@ -153,7 +153,8 @@ def test_a_part_and_its_source(thousand, tmp_path):
 def test_lists_follow_the_documents_that_are_taken(thousand, tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 64)
     prefix, docs = thousand
-    (tmp_path / "all.special.jsonl").write_text("".join(f'{{"document": {n}, "was": {n}}}\n' for n in range(0, 1000, 3)))
+    text = "".join(f'{{"document": {n}, "was": {n}}}\n' for n in range(0, 1000, 3))
+    (tmp_path / "all.special.jsonl").write_text(text)
     (tmp_path / "all.quarantine.raw").write_text("x\n")
     sample(prefix, tmp_path / "s", documents=300, progress=False)
     taken = numbers(tmp_path / "s", docs)
