@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
+from boreal_megatron.data.blocks import PROVENANCE, bags_of
 from boreal_megatron.data.indexed import bin_path, idx_path, index_pieces, write_errors
 from boreal_megatron.durable import flush, write_atomically
 from boreal_megatron.errors import INTERRUPTED, USAGE, BorealError
 
 TABLE = np.dtype([("length", "<i4"), ("file", "<i4"), ("offset", "<i8"), ("id", "S16")])
-PROVENANCE = np.dtype([("file", "<i4"), ("offset", "<i8")])
 # In the order in which they get their names: with the .idx everything else is there.
 ENDINGS = (".bin", ".provenance.npy", ".bags.npy", ".special.jsonl", ".quarantine.jsonl", ".quarantine.raw", ".meta.json", ".idx")  # fmt: skip
 SELECTED = (".weights.npy", ".bins.npy")  # made by data selection, of the documents that were here before
@@ -338,7 +338,7 @@ class Parts:
             if bag_size:
                 meta["tst"] = {"bag": bag_size, "boundaries": boundaries, "bags": tokens // bag_size}
             if bag_size and boundaries != "flat":
-                bags = [_bags(table["length"], bag_size, boundaries) for table in self.tables()]
+                bags = [bags_of(table["length"].astype(np.int64), bag_size, boundaries) for table in self.tables()]
                 meta["tst"]["bags"] = sum(int(part.sum()) for part in bags)
                 files[".bags.npy"] = lambda: _npy(np.dtype("<i8"), documents + 1, _running(bags))
             for ending, pieces in files.items():
@@ -394,12 +394,6 @@ def _provenance(table):
     rows = np.empty(len(table), PROVENANCE)
     rows["file"], rows["offset"] = table["file"], table["offset"]
     return rows
-
-
-def _bags(lengths, bag_size, boundaries):
-    """Bags of each document: a document's last tokens make a shorter one (`align`) or none (`drop_tail`)."""
-    lengths = lengths.astype(np.int64)
-    return -(-lengths // bag_size) if boundaries == "align" else lengths // bag_size
 
 
 def _running(parts):
