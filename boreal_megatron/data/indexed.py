@@ -18,13 +18,16 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import struct
 from array import array
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from boreal_megatron.data import remote
 from boreal_megatron.durable import flush
 from boreal_megatron.errors import BorealError
 
@@ -37,6 +40,7 @@ DTYPE_OF_CODE = {
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
 ID_DTYPES = tuple(np.dtype(d) for d in (np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16))
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32
+INDEX_PIECE = 1 << 18  # entries of the .idx that are checked at a time
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -231,46 +235,62 @@ class IndexedWriter:
 
 
 class IndexedReader:
-    """Reads an indexed dataset through memory maps, after checking that its two files are whole and agree.
+    """Reads an indexed dataset, after checking that its two files are whole and agree.
+
+    Local files are memory-mapped, and checked piece by piece: opening takes no memory that grows with the dataset. Of
+    a URL (`remote.py`) the .idx is read once and kept; of the .bin only the tokens that are asked for, at that moment.
+    Any number of threads may read.
 
     Args:
-        prefix: path without `.bin`/`.idx`.
+        prefix: path or URL without `.bin`/`.idx`.
 
     Attributes:
         dtype: dtype of the ids.
         lengths: int32 `[S]`, tokens of each sequence.
         document_index: int64 `[D+1]`, the first sequence of each document, then S.
-        document_lengths: int64 `[D]`, tokens of each document.
+        document_lengths: int32 `[D]`, tokens of each document; int64 where documents have several sequences.
         total_tokens: tokens of the whole dataset.
+        tokens: all ids one after another, read-only: a memory map, or a `RemoteTokens`, which knows slices only.
 
     Raises:
         BorealError: a file is missing, empty, cut short or damaged, or the two do not belong together.
     """
 
     def __init__(self, prefix):
-        self.prefix = Path(prefix)
-        for path in (bin_path(prefix), idx_path(prefix)):
-            if not path.is_file():
-                hint = ""
-                if str(prefix).endswith((".bin", ".idx")):
-                    hint = f" The prefix is written without the ending: {str(prefix)[:-4]}."
-                elif path.with_name(path.name + ".partial").exists():
-                    hint = " There is an unfinished .partial file: preprocessing was stopped; run it again."
-                raise self._refuse(path, "no such file", "a .bin and an .idx of the same name", hint)
-        self._read_index()
-        self._map_tokens()
+        self.prefix = str(prefix)
+        self._bin, self._idx = f"{prefix}.bin", f"{prefix}.idx"
+        if remote.is_url(prefix):
+            self._raw = remote.Object(self._idx).read()
+        else:
+            for path in (Path(self._bin), Path(self._idx)):
+                if not path.is_file():
+                    hint = ""
+                    if self.prefix.endswith((".bin", ".idx")):
+                        hint = f" The prefix is written without the ending: {self.prefix[:-4]}."
+                    elif path.with_name(path.name + ".partial").exists():
+                        hint = " There is an unfinished .partial file: preprocessing was stopped; run it again."
+                    raise self._refuse(path, "no such file", "a .bin and an .idx of the same name", hint)
+            self._raw = None
+        with self.open_index() as file:
+            self._read_header(file)
+            self._check_sequences(file)
+            self._check_documents(file)
+        self._open_tokens()
+
+    def open_index(self):
+        """The whole .idx as a binary file."""
+        return open(self._idx, "rb") if self._raw is None else io.BytesIO(self._raw)
 
     def _refuse(self, path, found, expected, hint=""):
         hint = hint or " Run `boreal data preprocess` again, or copy both files again."
         return BorealError(f"{path}: {found}. Expected: {expected}.{hint}")
 
-    def _read_index(self):
-        path = idx_path(self.prefix)
-        size = path.stat().st_size
+    def _read_header(self, file):
+        path, size = self._idx, file.seek(0, os.SEEK_END)
         if size < HEADER.size:
             raise self._refuse(path, f"{size} bytes", f"an index with a header of {HEADER.size} bytes")
-        with open(path, "rb") as file:
-            magic, version, code, sequences, boundaries = HEADER.unpack(file.read(HEADER.size))
+        file.seek(0)
+        magic, version, code, sequences, boundaries = HEADER.unpack(file.read(HEADER.size))
         if magic != MAGIC:
             raise self._refuse(path, f"starts with {magic!r}", f"{MAGIC!r}, a Megatron index")
         if version != VERSION:
@@ -285,70 +305,111 @@ class IndexedReader:
         if not sequences or boundaries < 2:
             raise self._refuse(path, "no documents", "at least one")
 
-        raw = np.memmap(path, mode="r", dtype=np.uint8)
+        raw = np.memmap(path, mode="r", dtype=np.uint8) if self._raw is None else self._raw
+        self.lengths = np.frombuffer(raw, np.int32, sequences, HEADER.size)
+        self._pointers = np.frombuffer(raw, np.int64, sequences, HEADER.size + 4 * sequences)
+        self.document_index = np.frombuffer(raw, np.int64, boundaries, HEADER.size + 12 * sequences)
 
-        def take(dtype, count, offset):
-            return np.frombuffer(raw, dtype=dtype, count=count, offset=offset)
+    def _pieces(self, file, array, offset):
+        """Yields (first entry, the next entries) of an array of the .idx. They are read and not looked up in the map:
+        what a process has seen of a map counts as its memory."""
+        for first in range(0, len(array), INDEX_PIECE):
+            count = min(INDEX_PIECE, len(array) - first)
+            file.seek(offset + first * array.itemsize)
+            yield first, np.frombuffer(file.read(count * array.itemsize), array.dtype)
 
-        self.lengths = take(np.int32, sequences, HEADER.size)
-        self._pointers = take(np.int64, sequences, HEADER.size + 4 * sequences)
-        self.document_index = take(np.int64, boundaries, HEADER.size + 12 * sequences)
+    def _check_sequences(self, file):
+        path, total = self._idx, 0
+        lengths = self._pieces(file, self.lengths, HEADER.size)
+        pointers = self._pieces(file, self._pointers, HEADER.size + self.lengths.nbytes)
+        for (first, length), (_, pointer) in zip(lengths, pointers, strict=True):
+            if length.min() < 0:
+                raise self._refuse(path, f"a sequence of {length.min()} tokens", "lengths of 0 or more")
+            ends = total + np.cumsum(length, dtype=np.int64)
+            starts = (ends - length) * self.dtype.itemsize
+            wrong = np.flatnonzero(pointer != starts)
+            if wrong.size:
+                at = int(wrong[0])
+                raise self._refuse(
+                    path,
+                    f"sequence {first + at} points to byte {pointer[at]:,}",
+                    f"byte {starts[at]:,}, the sum of the lengths before it",
+                )
+            total = int(ends[-1])
+        self.total_tokens = total
 
-        if self.lengths.min() < 0:
-            raise self._refuse(path, f"a sequence of {self.lengths.min()} tokens", "lengths of 0 or more")
-        starts = np.zeros(sequences + 1, dtype=np.int64)
-        np.cumsum(self.lengths, dtype=np.int64, out=starts[1:])
-        wrong = np.flatnonzero(self._pointers != starts[:-1] * self.dtype.itemsize)
-        if wrong.size:
-            at = int(wrong[0])
-            raise self._refuse(
-                path,
-                f"sequence {at} points to byte {self._pointers[at]:,}",
-                f"byte {starts[at] * self.dtype.itemsize:,}, the sum of the lengths before it",
-            )
-        index = self.document_index
-        if index[0] != 0 or index[-1] != sequences or (np.diff(index) < 0).any():
-            found = f"document boundaries from {index[0]} to {index[-1]}"
-            raise self._refuse(path, found, f"rising from 0 to {sequences}, the sequences")
-        self._starts = starts[index]  # first token of each document, then the total
-        self.document_lengths = np.diff(self._starts)
-        self.total_tokens = int(starts[-1])
+    def _check_documents(self, file):
+        sequences, last = len(self.lengths), 0
+        sound, self._one_sequence_each = self.document_index[0] == 0, len(self) == sequences
+        for first, index in self._pieces(file, self.document_index, HEADER.size + 12 * sequences):
+            sound = sound and index[0] >= last and (index[1:] >= index[:-1]).all()
+            self._one_sequence_each &= bool((index == np.arange(first, first + len(index))).all())
+            last = index[-1]
+        if not sound or last != sequences:
+            found = f"document boundaries from {self.document_index[0]} to {self.document_index[-1]}"
+            raise self._refuse(self._idx, found, f"rising from 0 to {sequences}, the sequences")
 
-    def _map_tokens(self):
-        path = bin_path(self.prefix)
-        size, whole = path.stat().st_size, self.total_tokens * self.dtype.itemsize
+    def _open_tokens(self):
+        whole = self.total_tokens * self.dtype.itemsize
+        size = Path(self._bin).stat().st_size if self._raw is None else remote.Object(self._bin).size()
         if size != whole:
             says = f"{whole:,} bytes: {self.total_tokens:,} tokens of {self.dtype}, as the .idx says"
-            raise self._refuse(path, f"{size:,} bytes", says)
+            raise self._refuse(self._bin, f"{size:,} bytes", says)
         if not size:
-            raise self._refuse(path, "no tokens", "at least one")
-        self._tokens = np.memmap(path, mode="r", dtype=self.dtype)
+            raise self._refuse(self._bin, "no tokens", "at least one")
+        if self._raw is None:
+            self.tokens = np.memmap(self._bin, mode="r", dtype=self.dtype)
+        else:
+            self.tokens = RemoteTokens(self._bin, self.dtype, self.total_tokens)
+
+    @cached_property
+    def document_lengths(self):
+        if self._one_sequence_each:
+            return self.lengths
+        starts = np.append(self._pointers, self.total_tokens * self.dtype.itemsize)[self.document_index]
+        return np.diff(starts) // self.dtype.itemsize
 
     def __len__(self):
         """Returns the number of documents."""
         return len(self.document_index) - 1
 
-    @property
-    def tokens(self):
-        """All ids one after another, as a read-only memory map."""
-        return self._tokens
-
     def document(self, i):
-        """Returns the ids of document i, a read-only view of the file."""
-        return self.read(i, 0, self._length(i))
+        """Returns the ids of document i, read-only; a view where the file is local."""
+        start, stop = self._span(i)
+        return np.asarray(self.tokens[start:stop])
 
     def read(self, i, offset, length):
         """Returns `length` ids of document i from `offset` on."""
-        size = self._length(i)
-        if offset < 0 or length < 0 or offset + length > size:
+        start, stop = self._span(i)
+        if offset < 0 or length < 0 or offset + length > stop - start:
             raise BorealError(
                 f"{self.prefix}: tokens {offset} to {offset + length} of document {i}. "
-                f"Expected: within its {size} tokens."
+                f"Expected: within its {stop - start} tokens."
             )
-        start = int(self._starts[i]) + offset
-        return np.asarray(self._tokens[start : start + length])
+        return np.asarray(self.tokens[start + offset : start + offset + length])
 
-    def _length(self, i):
+    def _span(self, i):
+        """Where document i begins and ends among the tokens."""
         if not 0 <= i < len(self):
             raise BorealError(f"{self.prefix}: document {i}. Expected: 0 to {len(self) - 1}.")
-        return int(self.document_lengths[i])
+        return tuple(
+            int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self.lengths) else self.total_tokens
+            for sequence in self.document_index[i : i + 2].tolist()
+        )
+
+
+class RemoteTokens:
+    """The ids of a .bin behind a URL: a slice is one read of that range. A slice of neither end reads them all."""
+
+    def __init__(self, url, dtype, count):
+        self.dtype, self.count = dtype, count
+        self._object = remote.Object(url)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, wanted):
+        start, stop, step = wanted.indices(self.count)
+        assert step == 1, wanted
+        size = self.dtype.itemsize
+        return np.frombuffer(self._object.read(start * size, max(start, stop) * size), self.dtype)

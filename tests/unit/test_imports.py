@@ -10,7 +10,7 @@ OWN = "boreal_megatron"
 STANDARD = {"numpy", "tqdm", "packaging", "psutil"}
 CONFIG = {f"{OWN}.config", f"{OWN}.errors"}
 FILES = {f"{OWN}.durable"}
-DATA_FILES = {"tokenizer", "tokenize", "indexed", "inspect", "cli", "source", "sampler"}
+DATA_FILES = {"tokenizer", "tokenize", "indexed", "inspect", "cli", "source", "sampler", "remote"}
 # Package or file -> everything outside the standard library that it may import.
 RULES = {
     "config": {"pydantic", "yaml"} | CONFIG,
@@ -23,7 +23,7 @@ RULES = {
     "compat.py": {"torch", "megatron", "packaging", f"{OWN}.errors", f"{OWN}.safe"},
     "parallel.py": {"torch", "megatron", f"{OWN}.compat", f"{OWN}.platform"} | CONFIG,
     "model": {"torch", "megatron", "boreal_kernels", f"{OWN}.model", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.compat"} | CONFIG,
-    "data": {"numpy", "torch", "megatron", "tokenizers", "tqdm", f"{OWN}.data", f"{OWN}.parallel"} | FILES | CONFIG,
+    "data": {"numpy", "torch", "megatron", "tokenizers", "tqdm", "fsspec", f"{OWN}.data", f"{OWN}.parallel"} | FILES | CONFIG,
     "train": {"torch", "megatron", "nvidia_resiliency_ext", "yaml", "matplotlib", f"{OWN}.safe", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | FILES | CONFIG,
     "dry_run.py": {"torch", "megatron", f"{OWN}.plan", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.model", f"{OWN}.train"} | CONFIG,
     "convert": {"torch", "safetensors", f"{OWN}.safe", "transformers", "numpy", f"{OWN}.convert", f"{OWN}.train", f"{OWN}.data", f"{OWN}.model", f"{OWN}.parallel"} | FILES | CONFIG,
