@@ -19,7 +19,7 @@ from boreal_megatron.train.state import State
 @dataclass(frozen=True)
 class Step:
     """What one step did; `state` is the run's after it. Losses in nats a target, `mtp_loss` None without an MTP head;
-    `data_seconds` that it stood still for its batches; `loads` [MoE layers, experts], tokens that each expert got, or
+    `data_seconds` that the slowest rank stood still for its batches; `loads` [MoE layers, experts], tokens that each expert got, or
     None without experts."""
 
     state: State
@@ -55,7 +55,7 @@ def take(config, wrapped, optimizer, mesh, loader, state, last_good=None):
     health.check(state.step + 1, loss, norm, last_good)
     optim.set_learning_rate(optimizer, lr, config.optimizer.weight_decay)
     optim.update(optimizer, norm, config.optimizer.clip)
-    return Step(after, phase, loss, mtp_loss, norm, lr, data_seconds, loads)
+    return Step(after, phase, loss, mtp_loss, norm, lr, _longest(data_seconds, mesh), loads)
 
 
 def read(config, loader, phase, state):
@@ -71,6 +71,13 @@ def read(config, loader, phase, state):
         loader.prefetch(config.phases[following], ledger)
     batches = list(batches)
     return batches, after, time.perf_counter() - began
+
+
+def _longest(seconds, mesh):
+    """One rank that waits makes all wait: in the next collective, where it does not show whose fault it was."""
+    found = torch.tensor(seconds, device=mesh.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
 
 
 def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):

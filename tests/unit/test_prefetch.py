@@ -2,14 +2,17 @@
 
 import contextlib
 import json
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.data_runs import PHASES, STEPS, fingerprint, run_config, write_sources
@@ -96,6 +99,23 @@ def test_whatever_was_announced_every_request_gets_its_own(sources, table, asked
                 assert [fingerprint(batch) for batch in batches] == expected
 
 
+def test_threads_may_read_one_source_at_any_places(sources):
+    """Epochs and bag sizes that push each other out of what a Source keeps."""
+    with opened(run_config(sources, boundaries="align")) as loader:
+        source = loader.sources["a"]
+        places = [(epoch, offset, bag) for epoch in range(5) for offset in (0, 30) for bag in (1, 3)]
+        expected = {place: source.read_window(place[:2], place[2], 8) for place in places}
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                asked = random.Random(1).choices(places, k=800)
+                for place, found in zip(asked, pool.map(lambda at: source.read_window(at[:2], at[2], 8), asked)):
+                    assert all(np.array_equal(found[key], expected[place][key]) for key in found)
+        finally:
+            sys.setswitchinterval(before)
+
+
 class Slow:
     """Makes a source's windows take `seconds` each, and notes which thread read them when. A real source reads."""
 
@@ -172,6 +192,16 @@ def test_an_error_reaches_the_step_that_needs_the_batch(tmp_path, workers):
                 train_step.read(config, loader, next_phase(config, states[bad]), states[bad])
         assert follow(config, loader, State(), 1)[0] == found[:1]  # and the loader still works
     assert not data_threads()
+
+
+def test_tensors_arrive_on_the_device_that_was_named(sources):
+    for workers in (0, 2):
+        with opened(run_config(sources, validation=sources["b"], prefetch_workers=workers)) as loader:
+            loader.device = torch.device("meta")
+            batches = [*loader.step(PHASES[0], Ledger())[0], *loader.validation(1, 16, 2)]
+            for batch in batches:
+                tensors = [value for value in vars(batch).values() if torch.is_tensor(value)]
+                assert len(tensors) == 9 and {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_an_error_of_the_plan_arrives_as_itself(sources):

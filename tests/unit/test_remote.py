@@ -1,5 +1,7 @@
 """Data sets behind a URL: the same reads as from local files, and failures that say what is wrong."""
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +12,13 @@ import pytest
 from fsspec.registry import known_implementations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.data_runs import PHASES, fingerprint, run_config, write_sources
 from tests.support.launch import ROOT
 
 from boreal_megatron.data import remote
+from boreal_megatron.data.dataset import Loader
 from boreal_megatron.data.indexed import IndexedReader, IndexedWriter
+from boreal_megatron.data.sampler import Ledger
 from boreal_megatron.data.source import Source
 from boreal_megatron.errors import BorealError
 
@@ -64,6 +69,29 @@ def test_a_source_is_the_same_wherever_it_lies(places, place, boundaries):
     for offset in (0, 20, 41):
         a, b = (source.read_window((1, offset), 3, 5) for source in (local, there))
         assert all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_the_loader_reads_urls_and_their_sidecars(tmp_path):
+    prefixes = write_sources(tmp_path)
+    storage = fsspec.filesystem("memory")
+    for name in prefixes:
+        for ending in (".bin", ".idx"):
+            storage.pipe_file(f"/run/{name}{ending}", (tmp_path / f"{name}{ending}").read_bytes())
+    urls = {name: f"memory://run/{name}" for name in prefixes}
+    read = {}
+    for where, places in (("local", prefixes), ("memory", urls)):
+        config = run_config(places, validation=places["b"], prefetch_workers=4)
+        with contextlib.closing(Loader(config, 0, 1, "cpu")) as loader:
+            ledger, found = Ledger(), [fingerprint(batch) for batch in loader.validation(4, 8, 5)]
+            for phase in (PHASES[0], PHASES[0], PHASES[1]):
+                batches, ledger = loader.step(phase, ledger)
+                found += [fingerprint(batch) for batch in batches]
+            read[where] = found, ledger, loader.fingerprints()
+    assert read["memory"] == read["local"]
+    storage.pipe_file("/run/a.meta.json", json.dumps({"tokenizer_sha256": "1" * 64, "vocab_size": 20_001}).encode())
+    with pytest.raises(BorealError, match=r"'a' \(memory://run/a\) has a vocabulary of 20001"):
+        Loader(config, 0, 1, "cpu")
+    storage.rm("/run", recursive=True)
 
 
 class Counting:
