@@ -56,13 +56,13 @@ class Object:
             how = f"pip install {missing}" if missing else "install it"
             raise BorealError(f"{url}: {error}. Expected: a package for {SCHEME.match(url)[0]} URLs: {how}") from None
         except ValueError as error:
-            raise BorealError(f"{url}: {error}. Expected: a scheme that fsspec knows, such as s3:// or https://") from None
+            raise BorealError(f"{url}: {error}. Expected: a scheme that fsspec knows, as s3:// or https://") from None
 
     def size(self):
         """Bytes of the object."""
         size = self._attempt("its size", lambda: self._storage.size(self._path))
         if size is None:
-            raise BorealError(f"{self.url}: the server does not say its size. Expected: a server that answers by ranges.")
+            raise BorealError(f"{self.url}: the server does not say its size. Expected: one that answers by ranges.")
         return size
 
     def read(self, start=None, stop=None):
@@ -89,12 +89,12 @@ class Object:
             except FileNotFoundError:
                 raise BorealError(f"{self.url}: no such object. Expected: a .bin and an .idx of one prefix.") from None
             except LASTING as error:
-                raise BorealError(f"{self.url}: cannot be read: {_say(error)}. Check the URL and the rights.") from error
+                raise BorealError(f"{self.url}: not readable: {_say(error)}. Check the URL and the rights.") from error
             except Exception as error:  # each storage has failures of its own, and not all are OSError
                 if pause is None:
                     raise BorealError(
-                        f"{self.url}: asked for {what}, {ATTEMPTS} times in vain: {_say(error)}. Check that the storage "
-                        "answers and that the object is whole, and run again."
+                        f"{self.url}: asked for {what}, {ATTEMPTS} times in vain: {_say(error)}. Check that the "
+                        "storage answers and that the object is whole, and run again."
                     ) from error
                 time.sleep(pause)
 

@@ -32,10 +32,10 @@ def trace(config, step, dp_size, *, tokenizer=None, progress=None):
 
     Returns:
         step, phase, bag_size, sequence, dp_size; `start`, what the planning started from. `ranks`: for each rank its
-        micro-batches, each a list of windows: source, epoch, offset (raw tokens of the epoch before it), raw_tokens, and
-        `documents`, what its input bags are made of: document (its number in the data set), first (token), tokens; with a
-        provenance side-car also file and byte (where the original document begins), with a tokenizer text. What the
-        last position learns to predict is one bag further: it is the next window's first.
+        micro-batches, each a list of windows: source, epoch, offset (raw tokens of the epoch before it), raw_tokens,
+        and `documents`, what its input bags are made of: document (its number in the data set), first (token), tokens;
+        with a provenance side-car also file and byte (where the original document begins), with a tokenizer text. What
+        the last position learns to predict is one bag further: it is the next window's first.
 
     Raises:
         BorealError: as `Loader`; the run has no such step; the data is not what the checkpoint's ledger was kept for.
@@ -108,8 +108,8 @@ def stretches(source, epoch, begin, end):
 def render(report, rank=None):
     """Returns a `trace` report, or one rank of it, as text for people."""
     lines = [
-        f"step {report['step']}: phase {report['phase']}, bags of {report['bag_size']}, windows of {report['sequence']} "
-        f"positions, {report['dp_size']} data-parallel ranks; planned from {report['start']}"
+        f"step {report['step']}: phase {report['phase']}, bags of {report['bag_size']}, windows of "
+        f"{report['sequence']} positions, {report['dp_size']} data-parallel ranks; planned from {report['start']}"
     ]
     for number, rows in enumerate(report["ranks"]):
         if rank not in (None, number):
@@ -118,7 +118,8 @@ def render(report, rank=None):
             lines.append(f"rank {number}, micro-batch {micro_batch}")
             for window in windows:
                 end = window["offset"] + window["raw_tokens"]
-                lines.append(f"  {window['source']}, epoch {window['epoch']}, raw tokens {window['offset']:,} to {end:,}")
+                place = f"epoch {window['epoch']}, raw tokens {window['offset']:,} to {end:,}"
+                lines.append(f"  {window['source']}, {place}")
                 for part in window["documents"]:
                     where = f", {part['file']} from byte {part['byte']:,}" if "file" in part else ""
                     text = f"  {part['text']!r}" if "text" in part else ""
@@ -145,8 +146,8 @@ def _start(folder, step, sources):
             "checkpoint.folder= another folder (an empty one: from the beginning)."
         ) from None
     changed = [
-        f"data.sources.{name}: its files, data.piece_tokens or the seed are not those that the run read; restore them, or "
-        "name the configuration of that run"
+        f"data.sources.{name}: its files, data.piece_tokens or the seed are not those that the run read; restore them, "
+        "or name the configuration of that run"
         for name, source in sources.items()
         if kept.get(name, source.fingerprint) != source.fingerprint
     ]

@@ -19,8 +19,8 @@ from boreal_megatron.train.state import State
 @dataclass(frozen=True)
 class Step:
     """What one step did; `state` is the run's after it. Losses in nats a target, `mtp_loss` None without an MTP head;
-    `data_seconds` that the slowest rank stood still for its batches; `loads` [MoE layers, experts], tokens that each expert got, or
-    None without experts."""
+    `data_seconds` that the slowest rank stood still for its batches; `loads` [MoE layers, experts], tokens that each
+    expert got, or None without experts."""
 
     state: State
     phase: Phase

@@ -18,7 +18,7 @@ STEPS = 9
 
 
 def write_sources(folder):
-    """Two data sets; document d of `a` has ids from 0 on in file order, of `b` from 10,000 on. Returns name -> prefix."""
+    """Two data sets: the ids of `a` count from 0 in file order, those of `b` from 10,000. Returns name -> prefix."""
     sources = {}
     for seed, (name, documents, first) in enumerate((("a", 12, 0), ("b", 200, 10_000))):
         lengths = np.random.default_rng(seed).integers(0, 25, documents)

@@ -41,7 +41,7 @@ def next_phase(config, state):
 
 
 def follow(config, loader, state=State(), steps=STEPS):
-    """Reads as the training step does. Returns the fingerprints of every step's batches; the states before and after."""
+    """Reads as training does. Returns the fingerprints of every step's batches; the states before and after each."""
     found, states = [], [state]
     while (phase := next_phase(config, states[-1])) is not None and len(found) < steps:
         batches, state, _ = train_step.read(config, loader, phase, states[-1])

@@ -53,7 +53,7 @@ def test_traced_documents_hold_the_ids_of_the_batches(sources, dp_size, micro_ba
     for rank in range(dp_size):
         for step, (phase, batches, state) in enumerate(walked(config, rank, dp_size), start=1):
             found = traces[step]
-            assert (found["phase"], found["bag_size"], found["sequence"]) == (phase.name, phase.bag_size, phase.sequence)
+            assert [found[key] for key in ("phase", "bag_size")] == [phase.name, phase.bag_size]
             rows = found["ranks"][rank]
             assert len(rows) == len(batches) and len(found["ranks"]) == dp_size
             for row, batch in zip(rows, batches, strict=True):
