@@ -163,7 +163,8 @@ class Data(Frozen):
 
     Documents are read in random order, each from end to end. `piece_tokens` cuts them into pieces of at most so many
     raw tokens first, so that the few rows of a small step come from many documents; nothing longer than a piece is
-    then learned from.
+    then learned from. `prefetch_workers` threads on each rank read the next step while one trains; 0 reads each step
+    when it is its turn. A prefix may be a URL (s3://, gs://, https://), where more threads hide more latency.
     """
 
     tokenizer: str
@@ -171,6 +172,7 @@ class Data(Frozen):
     validation: str | None = None
     boundaries: Literal["flat", "align"] = "flat"
     piece_tokens: Positive | None = None
+    prefetch_workers: Annotated[int, Field(ge=0)] = 2
 
     @model_validator(mode="after")
     def _some_source(self):

@@ -1,9 +1,11 @@
 """The loader: opens a run's sources, checks them, and hands each data-parallel rank its micro-batches.
 
-It keeps no state between calls. The caller holds the ledger and saves it with the checkpoint; every rank plans the
-whole step, which is cheap, and reads its own windows only.
+It keeps no state between calls but what it has read ahead, which changes no result. The caller holds the ledger and
+saves it with the checkpoint; every rank plans the whole step, which is cheap, and reads its own windows only. torch is
+imported with the first Loader: `trace.py` opens the same sources without it.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections import defaultdict
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from boreal_megatron.data import batch, sampler
+from boreal_megatron.data import remote, sampler
 from boreal_megatron.data.indexed import IndexedReader
+from boreal_megatron.data.prefetch import Prefetcher, Work
 from boreal_megatron.data.source import Source
 from boreal_megatron.data.tokenizer import Tokenizer
 from boreal_megatron.errors import BorealError, ProblemsError
@@ -23,7 +26,8 @@ SPARE_ROWS = 1024  # Qwen's table has 267 more rows than its tokenizer has ids
 
 
 class Loader:
-    """Training steps and validation rows as packed batches.
+    """Training steps and validation rows as packed batches. To be closed: it may have threads
+    (`data.prefetch_workers`).
 
     Args:
         config: schema.Config.
@@ -40,23 +44,18 @@ class Loader:
     """
 
     def __init__(self, config, dp_rank, dp_size, device, context=(0, 1)):
-        self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
-        self.make = partial(batch.make, boundaries=config.data.boundaries, device=device, context=context)
+        from boreal_megatron.data import batch
+
+        self.config, self.dp_rank, self.dp_size, self.device = config, dp_rank, dp_size, device
+        self.make = partial(batch.make, boundaries=config.data.boundaries, device="cpu", context=context)
         _check_tokenizers(config)
-        common = {"boundaries": config.data.boundaries, "vocab_size": config.model.vocab_size}
-        self.sources = {
-            name: Source(name, prefix, config.seed, piece_tokens=config.data.piece_tokens, **common)
-            for name, prefix in config.data.sources.items()
-        }
-        for phase in config.phases:
-            for name in sampler.blend(phase, self.sources):
-                self.sources[name].check_window(phase.bag_size, phase.sequence)
-        self.validation_source = None
-        if config.data.validation is not None:
-            in_file_order = np.arange(len(IndexedReader(config.data.validation)))
-            self.validation_source = Source(VALIDATION, config.data.validation, 0, order=in_file_order, **common)
-            for phase in config.phases:
-                self.validation_source.check_window(phase.bag_size, phase.sequence)
+        self.sources = open_sources(config)
+        self.validation_source = _open_validation(config)
+        self._prefetcher = Prefetcher(self._work, config.data.prefetch_workers)
+
+    def close(self):
+        """Ends the threads, whatever they are at; waits for the micro-batches being read, and for no other."""
+        self._prefetcher.close()
 
     def fingerprints(self):
         """Returns name -> fingerprint: what the cursors of a ledger refer to."""
@@ -66,15 +65,37 @@ class Loader:
         """Plans one training step.
 
         Returns:
-            an iterator over this rank's Batches, which reads as it goes, and the Ledger after the step.
+            an iterator over this rank's Batches, which waits for the threads or reads as it goes, and the Ledger after
+            the step.
         """
-        picks, after = sampler.plan(phase, ledger, self.sources, phase.windows_per_step())
-        mine = sampler.for_rank(picks, self.dp_rank, self.dp_size, self.config.micro_batch)
-        return (self._training_batch(phase, row) for row in mine), after
+        (_, after), read = self._prefetcher.take((phase, ledger))
+        return (self._on_device(each) for each in read), after
 
-    def _training_batch(self, phase, row):
-        windows = [self.sources[name].read_window(start, phase.bag_size, phase.sequence) for name, start in row]
-        return self.make(windows)
+    def prefetch(self, phase, ledger):
+        """Starts reading the step that will probably be asked for next; another one may be asked for all the same."""
+        self._prefetcher.ahead((phase, ledger))
+
+    def _work(self, request):
+        phase, ledger = request
+        windows = phase.windows_per_step()
+
+        def plan():
+            picks, after = sampler.plan(phase, ledger, self.sources, windows)
+            return sampler.for_rank(picks, self.dp_rank, self.dp_size, self.config.micro_batch), after
+
+        def read(planned, number):
+            row = planned[0][number]
+            return self.make([self.sources[name].read_window(at, phase.bag_size, phase.sequence) for name, at in row])
+
+        return Work(plan, read, windows // (self.dp_size * self.config.micro_batch))
+
+    def _on_device(self, packed):
+        """A Batch with its tensors on the device. The thread that asks does this: the stream is a thread's own, and a
+        copy in another one's would need an event to wait for."""
+        values = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
+        return dataclasses.replace(
+            packed, **{name: value.to(self.device) for name, value in values.items() if hasattr(value, "to")}
+        )
 
     def validation(self, bag_size, sequence, windows):
         """Iterates over this rank's Batches of `windows` windows, spread evenly over the validation set in file order.
@@ -99,7 +120,37 @@ class Loader:
             fillers = micro_batch - len(mine)
             mine += offsets[:1] * fillers
             read = [source.read_window((0, offset), bag_size, sequence) for offset in mine]
-            yield self.make(read, fillers=fillers)
+            yield self._on_device(self.make(read, fillers=fillers))
+
+
+def open_sources(config):
+    """Opens the training sources, each checked to fill a window of every phase that reads it.
+
+    Returns:
+        name -> Source.
+
+    Raises:
+        BorealError: as `Loader`.
+    """
+    data = config.data
+    common = {"boundaries": data.boundaries, "vocab_size": config.model.vocab_size, "piece_tokens": data.piece_tokens}
+    sources = {name: Source(name, prefix, config.seed, **common) for name, prefix in data.sources.items()}
+    for phase in config.phases:
+        for name in sampler.blend(phase, sources):
+            sources[name].check_window(phase.bag_size, phase.sequence)
+    return sources
+
+
+def _open_validation(config):
+    data = config.data
+    if data.validation is None:
+        return None
+    in_file_order = np.arange(len(IndexedReader(data.validation)))
+    common = {"boundaries": data.boundaries, "vocab_size": config.model.vocab_size}
+    source = Source(VALIDATION, data.validation, 0, order=in_file_order, **common)
+    for phase in config.phases:
+        source.check_window(phase.bag_size, phase.sequence)
+    return source
 
 
 def check_tokenizer(config):
@@ -124,10 +175,10 @@ def _check_tokenizers(config):
     used = defaultdict(list)  # tokenizer fingerprint -> what has it
     problems = []
     for name, prefix in prefixes.items():
-        sidecar = Path(f"{prefix}.meta.json")
-        if not sidecar.exists():
+        sidecar = remote.read_if_there(f"{prefix}.meta.json")
+        if sidecar is None:
             continue
-        meta = json.loads(sidecar.read_text())
+        meta = json.loads(sidecar)
         used[meta["tokenizer_sha256"]].append(f"'{name}'")
         if meta["vocab_size"] > config.model.vocab_size:
             problems.append(

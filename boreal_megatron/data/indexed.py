@@ -1,7 +1,7 @@
 """Megatron's indexed dataset: token ids in `PREFIX.bin`, where each document lies in `PREFIX.idx`.
 
-The files are byte for byte what Megatron's preprocessing writes: one sequence per document, none for an empty one.
-Stock Megatron reads ours and we read its. NumPy only: no torch, so that the data tools start quickly.
+The files are byte for byte what `megatron.core.datasets.indexed_dataset` writes, with one sequence per document,
+so stock Megatron reads ours and we read its. NumPy only: no torch, so that the data tools start quickly.
 
     .idx   9 bytes   b"MMIDIDX\\0\\0"
            u64       version, 1
@@ -18,13 +18,17 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
+import mmap
 import os
 import struct
 from array import array
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from boreal_megatron.data import remote
 from boreal_megatron.durable import flush
 from boreal_megatron.errors import STORAGE, BorealError
 
@@ -38,6 +42,7 @@ CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
 ID_DTYPES = tuple(np.dtype(d) for d in (np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16))
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32
 MAX_DOCUMENTS = 2**31 - 2  # megatron-core numbers documents in int32, and their boundaries are one more
+INDEX_PIECE = 1 << 18  # entries of the .idx that are checked at a time
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -76,23 +81,26 @@ def write_errors(path):
         ) from error
 
 
-def index_pieces(dtype, lengths):
+def index_pieces(dtype, lengths, empty_has_sequence=True):
     """Yields the content of an `.idx` piece by piece, in memory that does not grow with the documents.
-
-    A document without tokens has no sequence, as in what Megatron's own preprocessing writes.
 
     Args:
         dtype: of the ids.
         lengths: a function without arguments that returns an iterator over int arrays, the tokens of the documents in
             order; it is called four times.
+        empty_has_sequence: whether a document without tokens has one; in what Megatron's preprocessing writes it has none.
     """
+
+    def has_sequence(part):
+        return np.ones(len(part), bool) if empty_has_sequence else part > 0
+
     sequences = documents = 0
     for part in lengths():
         if part.size and part.max() > MAX_DOCUMENT_TOKENS:
             raise BorealError(
                 f"a document of {part.max():,} tokens; the format holds at most {MAX_DOCUMENT_TOKENS:,} in one. Split it."
             )
-        sequences, documents = sequences + int(np.count_nonzero(part)), documents + len(part)
+        sequences, documents = sequences + int(has_sequence(part).sum()), documents + len(part)
     if documents > MAX_DOCUMENTS:
         raise BorealError(
             f"{documents:,} documents in one data set. Expected: at most {MAX_DOCUMENTS:,}, which Megatron's readers count "
@@ -100,16 +108,16 @@ def index_pieces(dtype, lengths):
         )
     yield HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[np.dtype(dtype)], sequences, documents + 1)
     for part in lengths():
-        yield part[part > 0].astype("<i4").tobytes()
+        yield part[has_sequence(part)].astype("<i4").tobytes()
     byte = 0
     for part in lengths():
-        ends = np.cumsum(part[part > 0], dtype=np.int64) * np.dtype(dtype).itemsize
+        ends = np.cumsum(part[has_sequence(part)], dtype=np.int64) * np.dtype(dtype).itemsize
         yield (np.concatenate([[0], ends[:-1]]) + byte).astype("<i8")[: len(ends)].tobytes()
         byte += int(ends[-1]) if len(ends) else 0
     yield np.zeros(1, "<i8").tobytes()
     sequence = 0
     for part in lengths():
-        ends = np.cumsum(part > 0, dtype=np.int64) + sequence
+        ends = np.cumsum(has_sequence(part), dtype=np.int64) + sequence
         yield ends.astype("<i8").tobytes()
         sequence = int(ends[-1]) if len(ends) else sequence
 
@@ -265,46 +273,64 @@ class IndexedWriter:
 
 
 class IndexedReader:
-    """Reads an indexed dataset through memory maps, after checking that its two files are whole and agree.
+    """Reads an indexed dataset, after checking that its two files are whole and agree.
+
+    Local files are memory-mapped, and checked piece by piece: opening takes no memory that grows with the dataset. Of
+    a URL (`remote.py`) the .idx is read once and kept; of the .bin only the tokens that are asked for, at that moment.
+    Any number of threads may read.
 
     Args:
-        prefix: path without `.bin`/`.idx`.
+        prefix: path or URL without `.bin`/`.idx`.
+        index_only: lengths and counts without tokens; the .bin need not be there.
 
     Attributes:
         dtype: dtype of the ids.
         lengths: int32 `[S]`, tokens of each sequence.
         document_index: int64 `[D+1]`, the first sequence of each document, then S.
-        document_lengths: int64 `[D]`, tokens of each document.
+        document_lengths: int32 `[D]`, tokens of each document; int64 where documents have several sequences.
         total_tokens: tokens of the whole dataset.
+        tokens: all ids one after another, read-only: a memory map, or a `RemoteTokens`, which knows slices only.
 
     Raises:
         BorealError: a file is missing, empty, cut short or damaged, or the two do not belong together.
     """
 
-    def __init__(self, prefix):
-        self.prefix = Path(prefix)
-        for path in (bin_path(prefix), idx_path(prefix)):
-            if not path.is_file():
-                hint = ""
-                if str(prefix).endswith((".bin", ".idx")):
-                    hint = f" The prefix is written without the ending: {str(prefix)[:-4]}."
-                elif Path(f"{prefix}.parts").exists() or path.with_name(path.name + ".partial").exists():
-                    hint = " There is an unfinished one: preprocessing was stopped; run the same command again."
-                raise self._refuse(path, "no such file", "a .bin and an .idx of the same name", hint)
-        self._read_index()
-        self._map_tokens()
+    def __init__(self, prefix, index_only=False):
+        self.prefix = str(prefix)
+        self._bin, self._idx = f"{prefix}.bin", f"{prefix}.idx"
+        if remote.is_url(prefix):
+            self._raw = remote.Object(self._idx).read()
+        else:
+            for path in map(Path, [self._idx] if index_only else [self._bin, self._idx]):
+                if not path.is_file():
+                    hint = ""
+                    if self.prefix.endswith((".bin", ".idx")):
+                        hint = f" The prefix is written without the ending: {self.prefix[:-4]}."
+                    elif Path(f"{prefix}.parts").exists() or path.with_name(path.name + ".partial").exists():
+                        hint = " There is an unfinished one: preprocessing was stopped; run the same command again."
+                    raise self._refuse(path, "no such file", "a .bin and an .idx of the same name", hint)
+            self._raw = None
+        with self.open_index() as file:
+            self._read_header(file)
+            self._check_sequences(file)
+            self._check_documents(file)
+        if not index_only:
+            self._open_tokens()
+
+    def open_index(self):
+        """The whole .idx as a binary file."""
+        return open(self._idx, "rb") if self._raw is None else io.BytesIO(self._raw)
 
     def _refuse(self, path, found, expected, hint=""):
         hint = hint or " Run `boreal data preprocess` again, or copy both files again."
         return BorealError(f"{path}: {found}. Expected: {expected}.{hint}")
 
-    def _read_index(self):
-        path = idx_path(self.prefix)
-        size = path.stat().st_size
+    def _read_header(self, file):
+        path, size = self._idx, file.seek(0, os.SEEK_END)
         if size < HEADER.size:
             raise self._refuse(path, f"{size} bytes", f"an index with a header of {HEADER.size} bytes")
-        with open(path, "rb") as file:
-            magic, version, code, sequences, boundaries = HEADER.unpack(file.read(HEADER.size))
+        file.seek(0)
+        magic, version, code, sequences, boundaries = HEADER.unpack(file.read(HEADER.size))
         if magic != MAGIC:
             raise self._refuse(path, f"starts with {magic!r}", f"{MAGIC!r}, a Megatron index")
         if version != VERSION:
@@ -318,71 +344,121 @@ class IndexedReader:
             raise self._refuse(path, f"{size:,} bytes", f"{whole:,} bytes for {sequences:,} sequences", more)
         if not sequences or boundaries < 2:
             raise self._refuse(path, "no documents", "at least one")
+        if boundaries - 1 > MAX_DOCUMENTS:
+            more = " Split the data set."
+            raise self._refuse(path, f"{boundaries - 1:,} documents", f"at most {MAX_DOCUMENTS:,}, an int32", more)
 
-        raw = np.memmap(path, mode="r", dtype=np.uint8)
+        raw = np.memmap(path, mode="r", dtype=np.uint8) if self._raw is None else self._raw
+        self._map = raw
+        self.lengths = np.frombuffer(raw, np.int32, sequences, HEADER.size)
+        self._pointers = np.frombuffer(raw, np.int64, sequences, HEADER.size + 4 * sequences)
+        self.document_index = np.frombuffer(raw, np.int64, boundaries, HEADER.size + 12 * sequences)
 
-        def take(dtype, count, offset):
-            return np.frombuffer(raw, dtype=dtype, count=count, offset=offset)
+    def _pieces(self, file, array, offset):
+        """Yields (first entry, the next entries) of an array of the .idx. They are read and not looked up in the map:
+        what a process has seen of a map counts as its memory."""
+        for first in range(0, len(array), INDEX_PIECE):
+            count = min(INDEX_PIECE, len(array) - first)
+            file.seek(offset + first * array.itemsize)
+            yield first, np.frombuffer(file.read(count * array.itemsize), array.dtype)
 
-        self.lengths = take(np.int32, sequences, HEADER.size)
-        self._pointers = take(np.int64, sequences, HEADER.size + 4 * sequences)
-        self.document_index = take(np.int64, boundaries, HEADER.size + 12 * sequences)
+    def _check_sequences(self, file):
+        path, total = self._idx, 0
+        lengths = self._pieces(file, self.lengths, HEADER.size)
+        pointers = self._pieces(file, self._pointers, HEADER.size + self.lengths.nbytes)
+        for (first, length), (_, pointer) in zip(lengths, pointers, strict=True):
+            if length.min() < 0:
+                raise self._refuse(path, f"a sequence of {length.min()} tokens", "lengths of 0 or more")
+            ends = total + np.cumsum(length, dtype=np.int64)
+            starts = (ends - length) * self.dtype.itemsize
+            wrong = np.flatnonzero(pointer != starts)
+            if wrong.size:
+                at = int(wrong[0])
+                raise self._refuse(
+                    path,
+                    f"sequence {first + at} points to byte {pointer[at]:,}",
+                    f"byte {starts[at]:,}, the sum of the lengths before it",
+                )
+            total = int(ends[-1])
+        self.total_tokens = total
 
-        if self.lengths.min() < 0:
-            raise self._refuse(path, f"a sequence of {self.lengths.min()} tokens", "lengths of 0 or more")
-        starts = np.zeros(sequences + 1, dtype=np.int64)
-        np.cumsum(self.lengths, dtype=np.int64, out=starts[1:])
-        wrong = np.flatnonzero(self._pointers != starts[:-1] * self.dtype.itemsize)
-        if wrong.size:
-            at = int(wrong[0])
-            raise self._refuse(
-                path,
-                f"sequence {at} points to byte {self._pointers[at]:,}",
-                f"byte {starts[at] * self.dtype.itemsize:,}, the sum of the lengths before it",
-            )
-        index = self.document_index
-        if index[0] != 0 or index[-1] != sequences or (np.diff(index) < 0).any():
-            found = f"document boundaries from {index[0]} to {index[-1]}"
-            raise self._refuse(path, found, f"rising from 0 to {sequences}, the sequences")
-        self._starts = starts[index]  # first token of each document, then the total
-        self.document_lengths = np.diff(self._starts)
-        self.total_tokens = int(starts[-1])
+    def _check_documents(self, file):
+        sequences, last = len(self.lengths), 0
+        sound, self._one_sequence_each = self.document_index[0] == 0, len(self) == sequences
+        for first, index in self._pieces(file, self.document_index, HEADER.size + 12 * sequences):
+            sound = sound and index[0] >= last and (index[1:] >= index[:-1]).all()
+            self._one_sequence_each &= bool((index == np.arange(first, first + len(index))).all())
+            last = index[-1]
+        if not sound or last != sequences:
+            found = f"document boundaries from {self.document_index[0]} to {self.document_index[-1]}"
+            raise self._refuse(self._idx, found, f"rising from 0 to {sequences}, the sequences")
 
-    def _map_tokens(self):
-        path = bin_path(self.prefix)
-        size, whole = path.stat().st_size, self.total_tokens * self.dtype.itemsize
+    def _open_tokens(self):
+        whole = self.total_tokens * self.dtype.itemsize
+        size = Path(self._bin).stat().st_size if self._raw is None else remote.Object(self._bin).size()
         if size != whole:
             says = f"{whole:,} bytes: {self.total_tokens:,} tokens of {self.dtype}, as the .idx says"
-            raise self._refuse(path, f"{size:,} bytes", says)
+            raise self._refuse(self._bin, f"{size:,} bytes", says)
         if not size:
-            raise self._refuse(path, "no tokens", "at least one")
-        self._tokens = np.memmap(path, mode="r", dtype=self.dtype)
+            raise self._refuse(self._bin, "no tokens", "at least one")
+        if self._raw is None:
+            self.tokens = np.memmap(self._bin, mode="r", dtype=self.dtype)
+        else:
+            self.tokens = RemoteTokens(self._bin, self.dtype, self.total_tokens)
+
+    @cached_property
+    def document_lengths(self):
+        if self._one_sequence_each:
+            return self.lengths
+        starts = np.append(self._pointers, self.total_tokens * self.dtype.itemsize)[self.document_index]
+        return np.diff(starts) // self.dtype.itemsize
+
+    def release(self):
+        """Gives the pages of the index that this process touched back; they stay in the system's cache."""
+        if self._raw is None:
+            self._map._mmap.madvise(mmap.MADV_DONTNEED)
 
     def __len__(self):
         """Returns the number of documents."""
         return len(self.document_index) - 1
 
-    @property
-    def tokens(self):
-        """All ids one after another, as a read-only memory map."""
-        return self._tokens
-
     def document(self, i):
-        """Returns the ids of document i, a read-only view of the file."""
-        return self.read(i, 0, self._length(i))
+        """Returns the ids of document i, read-only; a view where the file is local."""
+        start, stop = self._span(i)
+        return np.asarray(self.tokens[start:stop])
 
     def read(self, i, offset, length):
         """Returns `length` ids of document i from `offset` on."""
-        size = self._length(i)
-        if offset < 0 or length < 0 or offset + length > size:
+        start, stop = self._span(i)
+        if offset < 0 or length < 0 or offset + length > stop - start:
             raise BorealError(
                 f"{self.prefix}: tokens {offset} to {offset + length} of document {i}. "
-                f"Expected: within its {size} tokens."
+                f"Expected: within its {stop - start} tokens."
             )
-        start = int(self._starts[i]) + offset
-        return np.asarray(self._tokens[start : start + length])
+        return np.asarray(self.tokens[start + offset : start + offset + length])
 
-    def _length(self, i):
+    def _span(self, i):
+        """Where document i begins and ends among the tokens."""
         if not 0 <= i < len(self):
             raise BorealError(f"{self.prefix}: document {i}. Expected: 0 to {len(self) - 1}.")
-        return int(self.document_lengths[i])
+        return tuple(
+            int(self._pointers[sequence]) // self.dtype.itemsize if sequence < len(self.lengths) else self.total_tokens
+            for sequence in self.document_index[i : i + 2].tolist()
+        )
+
+
+class RemoteTokens:
+    """The ids of a .bin behind a URL: a slice is one read of that range. A slice of neither end reads them all."""
+
+    def __init__(self, url, dtype, count):
+        self.dtype, self.count = dtype, count
+        self._object = remote.Object(url)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, wanted):
+        start, stop, step = wanted.indices(self.count)
+        assert step == 1, wanted
+        size = self.dtype.itemsize
+        return np.frombuffer(self._object.read(start * size, max(start, stop) * size), self.dtype)

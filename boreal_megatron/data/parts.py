@@ -332,7 +332,7 @@ class Parts:
             sha256 = {".bin": self.sha256.hexdigest()}
             files = {
                 ".provenance.npy": lambda: _npy(PROVENANCE, documents, (_provenance(table) for table in self.tables())),
-                ".idx": lambda: index_pieces(self.dtype, lambda: (table["length"] for table in self.tables())),
+                ".idx": lambda: index_pieces(self.dtype, lambda: (table["length"] for table in self.tables()), empty_has_sequence=False),
                 **sidecars,
             }
             if bag_size:

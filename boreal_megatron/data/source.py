@@ -18,6 +18,7 @@ Shapes: k bag size, L positions, D non-empty documents of an epoch. NumPy only.
 """
 
 import hashlib
+import threading
 from collections import OrderedDict
 from functools import cached_property
 from itertools import pairwise
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from boreal_megatron.data.indexed import IndexedReader, idx_path
+from boreal_megatron.data.indexed import IndexedReader
 from boreal_megatron.errors import BorealError
 
 # A step may end one epoch and begin the next, and its windows are read after the step is planned.
@@ -57,9 +58,10 @@ class Epoch:
 
     def bag_starts(self, bag_size):
         """Returns int64 [D + 1]: bags before each document when each is folded on its own, then their total."""
-        if self._folded is None or self._folded[0] != bag_size:
-            self._folded = bag_size, _running_sum(-(-np.diff(self.starts) // bag_size))
-        return self._folded[1]
+        folded = self._folded
+        if folded is None or folded[0] != bag_size:
+            folded = self._folded = bag_size, _running_sum(-(-np.diff(self.starts) // bag_size))
+        return folded[1]
 
 
 class Source:
@@ -87,11 +89,13 @@ class Source:
         self.vocab_size = vocab_size
         self.piece_tokens = piece_tokens
         self.reader = IndexedReader(prefix)
+        self._open_index = self.reader.open_index
         if piece_tokens is not None:
             self.reader = Pieces(self.reader, piece_tokens)
         lengths = self.reader.document_lengths
         self._fixed_order = None if order is None else order[lengths[order] > 0]
         self._epochs = OrderedDict()  # epoch number -> Epoch, the latest EPOCHS_KEPT
+        self._lock = threading.Lock()  # the loader's workers read at the same time
         self._lengths = lengths if order is None else lengths[order]  # of the documents of an epoch, in no order
         self.total_tokens = int(self._lengths.sum())
         if not self.total_tokens:
@@ -100,7 +104,7 @@ class Source:
     @cached_property
     def fingerprint(self):
         """sha256 of seed, name, cut and index file: a cursor means something only together with them."""
-        with open(idx_path(self.prefix), "rb") as file:
+        with self._open_index() as file:
             digest = hashlib.file_digest(file, "sha256")
         digest.update(f"{self.seed}/{self.name}/{self.piece_tokens}".encode())
         return digest.hexdigest()
@@ -109,17 +113,18 @@ class Source:
 
     def epoch(self, number):
         """Returns the Epoch, the same on every rank, machine and NumPy version."""
-        if number not in self._epochs:
-            lengths = self.reader.document_lengths
-            order = self._fixed_order
-            if order is None:
-                documents = np.flatnonzero(lengths > 0).astype(np.int32)
-                order = documents[permutation(len(documents), f"{self.seed}/{self.name}/{number}")]
-            self._epochs[number] = Epoch(order, lengths[order])
-            while len(self._epochs) > EPOCHS_KEPT:
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(number)
-        return self._epochs[number]
+        with self._lock:
+            if number not in self._epochs:
+                lengths = self.reader.document_lengths
+                order = self._fixed_order
+                if order is None:
+                    documents = np.flatnonzero(lengths > 0).astype(np.int32)
+                    order = documents[permutation(len(documents), f"{self.seed}/{self.name}/{number}")]
+                self._epochs[number] = Epoch(order, lengths[order])
+                while len(self._epochs) > EPOCHS_KEPT:
+                    self._epochs.popitem(last=False)
+            self._epochs.move_to_end(number)
+            return self._epochs[number]
 
     def bags(self, bag_size):
         """Returns the bags of one epoch; no order changes it."""

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from boreal_megatron import platform
+from boreal_megatron.config import phases
 from boreal_megatron.errors import ProblemsError
 from boreal_megatron.log import Reporter
-from boreal_megatron.train import checkpoint, phases, state as train_state, step as train_step, store
+from boreal_megatron.train import checkpoint, state as train_state, step as train_step, store
 
 
 def rehearse(config, mesh, loader, resumed, steps):

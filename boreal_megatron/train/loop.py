@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 
+import contextlib
 import json
 import math
 import signal
@@ -10,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from boreal_megatron import parallel
-from boreal_megatron.config import check
+from boreal_megatron.config import check, phases
 from boreal_megatron.data.dataset import Loader, check_tokenizer
 from boreal_megatron.log import Reporter, megatron_line
 from boreal_megatron.model import kernels, router
 from boreal_megatron.plan import params
-from boreal_megatron.train import checkpoint, drill, phases, state as train_state, step as train_step
+from boreal_megatron.train import checkpoint, drill, state as train_state, step as train_step
 
 
 def train(config, *, world, resume_drill=0):
@@ -32,7 +33,12 @@ def train(config, *, world, resume_drill=0):
     check.check(config, world)
     check_tokenizer(config)
     mesh = parallel.start(config.parallel, config.seed)
-    loader = Loader(config, mesh.dp_rank, mesh.dp_size, mesh.device, mesh.context)
+    with contextlib.closing(Loader(config, mesh.dp_rank, mesh.dp_size, mesh.device, mesh.context)) as loader:
+        return run(config, mesh, loader, resume_drill)
+
+
+def run(config, mesh, loader, resume_drill):
+    """`train`, once its processes and its data are there."""
     resumed, passed_over = checkpoint.find(config.checkpoint, mesh)
     rehearsed = drill.rehearse(config, mesh, loader, resumed, resume_drill) if resume_drill else None
     chunks, wrapped, optimizer, state = checkpoint.begin(config, mesh, loader, resumed)
@@ -62,6 +68,7 @@ def train(config, *, world, resume_drill=0):
             gradient_norm=step.gradient_norm,
             learning_rate=step.learning_rate,
             seconds=seconds,
+            data_seconds=step.data_seconds,
             positions_per_second=phase.positions_per_step / seconds,
             raw_tokens=state.ledger.raw_tokens,
             positions=state.ledger.positions,

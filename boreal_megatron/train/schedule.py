@@ -2,7 +2,7 @@
 
 import math
 
-from boreal_megatron.train import phases
+from boreal_megatron.config import phases
 
 
 def learning_rate(config, now, entered):

@@ -1,6 +1,7 @@
 """One training step and one evaluation, through megatron-core's pipeline schedules."""
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,16 +9,18 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from boreal_megatron.config import phases
 from boreal_megatron.config.schema import Phase
 from boreal_megatron.model.head import Losses, loss_function
-from boreal_megatron.train import health, optim, phases, schedule
+from boreal_megatron.train import health, optim, schedule
 from boreal_megatron.train.state import State
 
 
 @dataclass(frozen=True)
 class Step:
     """What one step did; `state` is the run's after it. Losses in nats a target, `mtp_loss` None without an MTP head;
-    `loads` [MoE layers, experts], tokens that each expert got, or None without experts."""
+    `data_seconds` that the slowest rank stood still for its batches; `loads` [MoE layers, experts], tokens that each
+    expert got, or None without experts."""
 
     state: State
     phase: Phase
@@ -25,6 +28,7 @@ class Step:
     mtp_loss: float | None
     gradient_norm: float
     learning_rate: float
+    data_seconds: float
     loads: torch.Tensor | None
 
 
@@ -43,16 +47,37 @@ def take(config, wrapped, optimizer, mesh, loader, state, last_good=None):
     if phase.name != state.ledger.phase:
         state = dataclasses.replace(state, entered=state.now)
     lr = schedule.learning_rate(config, state.now, state.entered)
-    batches, ledger = loader.step(phase, state.ledger)
+    batches, after, data_seconds = read(config, loader, phase, state)
     optimizer.zero_grad()
-    losses, loads = forward_backward(config, wrapped, mesh, phase, list(batches))
+    losses, loads = forward_backward(config, wrapped, mesh, phase, batches)
     loss, mtp_loss = means(losses)
     norm = optim.gradient_norm(optimizer)
     health.check(state.step + 1, loss, norm, last_good)
     optim.set_learning_rate(optimizer, lr, config.optimizer.weight_decay)
     optim.update(optimizer, norm, config.optimizer.clip)
-    state = dataclasses.replace(state, step=state.step + 1, ledger=ledger)
-    return Step(state, phase, loss, mtp_loss, norm, lr, loads)
+    return Step(after, phase, loss, mtp_loss, norm, lr, _longest(data_seconds, mesh), loads)
+
+
+def read(config, loader, phase, state):
+    """This rank's micro-batches of the next step; those of the step after it begin to be read.
+
+    Returns:
+        the micro-batches, a list; the State after the step; seconds that this took.
+    """
+    began = time.perf_counter()
+    batches, ledger = loader.step(phase, state.ledger)
+    after = dataclasses.replace(state, step=state.step + 1, ledger=ledger)
+    if (following := phases.at(config.phases, *after.now)) is not None:
+        loader.prefetch(config.phases[following], ledger)
+    batches = list(batches)
+    return batches, after, time.perf_counter() - began
+
+
+def _longest(seconds, mesh):
+    """One rank that waits makes all wait: in the next collective, where it does not show whose fault it was."""
+    found = torch.tensor(seconds, device=mesh.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
 
 
 def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from boreal_megatron.data import blocks, output
+from boreal_megatron.data import blocks, inputs, output
 from boreal_megatron.data.indexed import IndexedReader
 from boreal_megatron.data.merge import find_shards, merge, merge_shards, render
 from boreal_megatron.data.tokenize import preprocess
@@ -110,33 +110,27 @@ def corpus_files(tmp_path_factory):
     return folder
 
 
-def test_same_as_tokenizing_everything_in_one_run(corpus_files, tmp_path):
-    inputs = [str(corpus_files / f"{n}.jsonl") for n in range(3)]
+def test_same_as_tokenizing_everything_in_one_run(corpus_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "SMALLEST_PART", 5_000)
+    files = [str(corpus_files / f"{n}.jsonl") for n in range(3)]
 
-    def run(files, out):
-        made = preprocess(files, corpus_files / "tokenizer", out, workers=1, on_bad="skip", max_bad=1, progress=False)
+    def run(out, shard=(0, 1)):
+        made = preprocess(
+            files, corpus_files / "tokenizer", out, workers=1, on_bad="quarantine", max_bad=1, tst_bag=4, shard=shard,
+            tst_boundaries="align", progress=False,
+        )  # fmt: skip
         return Path(made["prefix"])
 
-    whole = run(inputs, tmp_path / "whole")
-    for n, file in enumerate(inputs):
-        run([file], tmp_path / f"out-{n:05}-of-00003")
-    [result] = merge_shards_of_one_job(tmp_path)
+    whole = run(tmp_path / "whole")
+    for shard in range(3):
+        run(tmp_path / "out", (shard, 3))
+    [result] = merge_shards(tmp_path / "out", progress=False)
     assert result["prefix"] == str(tmp_path / "out_text_document")
     ours, theirs = contents(tmp_path / "out_text_document"), contents(whole)
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys() >= {".bags.npy", ".provenance.npy", ".quarantine.raw"}
     assert all(ours[ending] == theirs[ending] for ending in ours if ending != ".meta.json")
     ours, theirs = json.loads(ours[".meta.json"]), json.loads(theirs[".meta.json"])
-    assert ours["skipped"]["malformed JSON"] == 3
-    same = theirs.keys() - {"inputs", "skipped_first"}  # each shard is given one file, and counts its own lines
-    assert {key: ours.get(key) for key in same} == {key: theirs[key] for key in same}
-
-
-def merge_shards_of_one_job(folder):
-    """As an array writes them: every shard names all inputs."""
-    for path in folder.glob("out-*.meta.json"):
-        meta = json.loads(path.read_text())
-        path.write_text(json.dumps(meta | {"inputs": ["all"]}))
-    return merge_shards(folder / "out", progress=False)
+    assert {key: ours.get(key) for key in theirs} == theirs and ours["skipped"]["malformed JSON"] == 3
 
 
 def lines_of(path):
@@ -316,7 +310,7 @@ def test_space_is_checked_before(tmp_path, monkeypatch):
 SCRIPT = """
 import resource, sys
 import numpy as np
-from boreal_megatron.data import blocks, output
+from boreal_megatron.data import blocks, inputs, output
 from boreal_megatron.data.merge import merge
 from boreal_megatron.errors import BorealError
 {setup}

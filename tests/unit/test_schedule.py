@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from boreal_megatron.train import phases
+from boreal_megatron.config import phases
 from boreal_megatron.train.schedule import learning_rate
 from tests.support.configs import config_for, tiny_model
 
