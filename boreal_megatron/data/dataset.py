@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from boreal_megatron.data import batch, sampler
+from boreal_megatron.data import batch, blend, sampler
 from boreal_megatron.data.indexed import IndexedReader
 from boreal_megatron.data.source import Source
 from boreal_megatron.data.tokenizer import Tokenizer
@@ -32,29 +32,30 @@ class Loader:
         context: (rank, size) of context parallelism.
 
     Attributes:
-        sources: name -> Source.
+        sources: stream, NAME or NAME/BIN -> Source.
+        blend: what is read of them, planned for the whole run (`blend.describe`).
         validation_source: Source in file order, or None.
 
     Raises:
-        BorealError: a data set is missing or damaged, too small for a phase's windows, or made with another tokenizer.
+        BorealError: a data set is missing or damaged, too small for a phase's windows or for the run, or made with
+            another tokenizer.
     """
 
     def __init__(self, config, dp_rank, dp_size, device, context=(0, 1)):
         self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
         self.make = partial(batch.make, boundaries=config.data.boundaries, device=device, context=context)
         _check_tokenizers(config)
-        common = {"boundaries": config.data.boundaries, "vocab_size": config.model.vocab_size}
-        self.sources = {
-            name: Source(name, prefix, config.seed, piece_tokens=config.data.piece_tokens, **common)
-            for name, prefix in config.data.sources.items()
-        }
-        for phase in config.phases:
-            for name in sampler.blend(phase, self.sources):
-                self.sources[name].check_window(phase.bag_size, phase.sequence)
+        self.sources, unread = blend.open_sources(config)
+        self.blend = blend.describe(config, self.sources, unread)
+        if self.blend["problems"]:
+            raise ProblemsError("data", self.blend["problems"])
         self.validation_source = None
         if config.data.validation is not None:
             in_file_order = np.arange(len(IndexedReader(config.data.validation)))
-            self.validation_source = Source(VALIDATION, config.data.validation, 0, order=in_file_order, **common)
+            self.validation_source = Source(
+                VALIDATION, config.data.validation, 0, config.data.boundaries, order=in_file_order,
+                vocab_size=config.model.vocab_size,
+            )  # fmt: skip
             for phase in config.phases:
                 self.validation_source.check_window(phase.bag_size, phase.sequence)
 
@@ -118,7 +119,7 @@ def check_tokenizer(config):
 
 def _check_tokenizers(config):
     """Raises ProblemsError if what `preprocess` noted beside the data does not fit the run or the other data sets."""
-    prefixes = dict(config.data.sources)
+    prefixes = {name: source.prefix for name, source in config.data.sources.items()}
     if config.data.validation is not None:
         prefixes[VALIDATION] = config.data.validation
     used = defaultdict(list)  # tokenizer fingerprint -> what has it

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import struct
 from array import array
@@ -37,6 +38,8 @@ DTYPE_OF_CODE = {
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
 ID_DTYPES = tuple(np.dtype(d) for d in (np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16))
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32
+MAX_DOCUMENTS = 2**31 - 1  # megatron-core numbers them in int32
+CHUNK = 1 << 20  # entries of an index looked at at a time
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -240,7 +243,8 @@ class IndexedReader:
         dtype: dtype of the ids.
         lengths: int32 `[S]`, tokens of each sequence.
         document_index: int64 `[D+1]`, the first sequence of each document, then S.
-        document_lengths: int64 `[D]`, tokens of each document.
+        document_lengths: int32 or int64 `[D]`, tokens of each document; a view of the file where each document is one
+            sequence, as preprocessing writes them. Then nothing here grows with D but the memory maps.
         total_tokens: tokens of the whole dataset.
 
     Raises:
@@ -259,6 +263,16 @@ class IndexedReader:
                 raise self._refuse(path, "no such file", "a .bin and an .idx of the same name", hint)
         self._read_index()
         self._map_tokens()
+
+    @classmethod
+    def index_only(cls, prefix):
+        """A reader of the .idx alone: lengths and counts, no tokens; the .bin need not be there."""
+        reader = cls.__new__(cls)
+        reader.prefix = Path(prefix)
+        if not idx_path(prefix).is_file():
+            raise reader._refuse(idx_path(prefix), "no such file", "an index")
+        reader._read_index()
+        return reader
 
     def _refuse(self, path, found, expected, hint=""):
         hint = hint or " Run `boreal data preprocess` again, or copy both files again."
@@ -285,34 +299,72 @@ class IndexedReader:
         if not sequences or boundaries < 2:
             raise self._refuse(path, "no documents", "at least one")
 
-        raw = np.memmap(path, mode="r", dtype=np.uint8)
+        if boundaries > MAX_DOCUMENTS:
+            more = " Split the data set."
+            raise self._refuse(path, f"{boundaries - 1:,} documents", f"fewer than {MAX_DOCUMENTS:,}, an int32", more)
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
         def take(dtype, count, offset):
-            return np.frombuffer(raw, dtype=dtype, count=count, offset=offset)
+            return np.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
 
         self.lengths = take(np.int32, sequences, HEADER.size)
         self._pointers = take(np.int64, sequences, HEADER.size + 4 * sequences)
         self.document_index = take(np.int64, boundaries, HEADER.size + 12 * sequences)
+        self._check_sequences(path)
+        self._check_documents(path)
+        self.release()
 
-        if self.lengths.min() < 0:
-            raise self._refuse(path, f"a sequence of {self.lengths.min()} tokens", "lengths of 0 or more")
-        starts = np.zeros(sequences + 1, dtype=np.int64)
-        np.cumsum(self.lengths, dtype=np.int64, out=starts[1:])
-        wrong = np.flatnonzero(self._pointers != starts[:-1] * self.dtype.itemsize)
-        if wrong.size:
-            at = int(wrong[0])
-            raise self._refuse(
-                path,
-                f"sequence {at} points to byte {self._pointers[at]:,}",
-                f"byte {starts[at] * self.dtype.itemsize:,}, the sum of the lengths before it",
-            )
-        index = self.document_index
-        if index[0] != 0 or index[-1] != sequences or (np.diff(index) < 0).any():
+    def _check_sequences(self, path):
+        total, width = 0, self.dtype.itemsize
+        for first in range(0, len(self.lengths), CHUNK):
+            lengths, pointers = self.lengths[first : first + CHUNK], self._pointers[first : first + CHUNK]
+            if lengths.min() < 0:
+                raise self._refuse(path, f"a sequence of {lengths.min()} tokens", "lengths of 0 or more")
+            starts = total + np.cumsum(lengths, dtype=np.int64) - lengths
+            wrong = np.flatnonzero(pointers != starts * width)
+            if wrong.size:
+                at = int(wrong[0])
+                raise self._refuse(
+                    path,
+                    f"sequence {first + at} points to byte {pointers[at]:,}",
+                    f"byte {starts[at] * width:,}, the sum of the lengths before it",
+                )
+            total = int(starts[-1]) + int(lengths[-1])
+            self.release()
+        self.total_tokens = total
+
+    def _check_documents(self, path):
+        index, sequences = self.document_index, len(self.lengths)
+        rising, single = True, len(index) == sequences + 1
+        for first in range(0, len(index), CHUNK):
+            part = index[first : first + CHUNK + 1]
+            rising = rising and bool((part[1:] >= part[:-1]).all())
+            single = single and bool((part == np.arange(first, first + len(part))).all())
+            self.release()
+        if index[0] != 0 or index[-1] != sequences or not rising:
             found = f"document boundaries from {index[0]} to {index[-1]}"
             raise self._refuse(path, found, f"rising from 0 to {sequences}, the sequences")
-        self._starts = starts[index]  # first token of each document, then the total
-        self.document_lengths = np.diff(self._starts)
-        self.total_tokens = int(starts[-1])
+        self.document_lengths = self.lengths if single else np.diff(self._token(index))
+        longest = max(int(part.max()) for part in self._parts(self.document_lengths))
+        if longest > MAX_DOCUMENT_TOKENS:
+            more = " Split it."
+            raise self._refuse(path, f"a document of {longest:,} tokens", f"at most {MAX_DOCUMENT_TOKENS:,}", more)
+
+    def _parts(self, values):
+        for first in range(0, len(values), CHUNK):
+            yield values[first : first + CHUNK]
+            self.release()
+
+    def release(self):
+        """Gives the pages of the index that this process touched back; they stay in the system's cache."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _token(self, sequences):
+        """First token of each sequence, the total for S."""
+        sequences = np.asarray(sequences)
+        inside = np.minimum(sequences, len(self.lengths) - 1)
+        return np.where(sequences < len(self.lengths), self._pointers[inside] // self.dtype.itemsize, self.total_tokens)
 
     def _map_tokens(self):
         path = bin_path(self.prefix)
@@ -345,7 +397,7 @@ class IndexedReader:
                 f"{self.prefix}: tokens {offset} to {offset + length} of document {i}. "
                 f"Expected: within its {size} tokens."
             )
-        start = int(self._starts[i]) + offset
+        start = int(self._token(self.document_index[i])) + offset
         return np.asarray(self._tokens[start : start + length])
 
     def _length(self, i):

@@ -10,7 +10,7 @@ OWN = "boreal_megatron"
 STANDARD = {"numpy", "tqdm", "packaging", "psutil"}
 CONFIG = {f"{OWN}.config", f"{OWN}.errors"}
 FILES = {f"{OWN}.durable"}
-DATA_FILES = {"tokenizer", "tokenize", "indexed", "inspect", "cli", "source", "sampler"}
+DATA_FILES = {"tokenizer", "tokenize", "indexed", "inspect", "cli", "source", "sampler", "shuffle", "prepared", "prepare", "blend"}
 # Package or file -> everything outside the standard library that it may import.
 RULES = {
     "config": {"pydantic", "yaml"} | CONFIG,
