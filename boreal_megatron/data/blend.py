@@ -10,10 +10,11 @@ share of a bag's slots that are. An epoch gives whole windows only.
 
 import hashlib
 import json
+from math import ceil
 
 from boreal_megatron.data import sampler
 from boreal_megatron.data.indexed import IndexedReader
-from boreal_megatron.data.prepared import starts_name
+from boreal_megatron.data.prepared import bags_name, starts_name
 from boreal_megatron.data.source import MEMORY_ITEMS, Source, bin_names
 from boreal_megatron.errors import BorealError
 
@@ -54,19 +55,21 @@ def reads(phase, name):
     return phase.blend is None or name in phase.blend
 
 
-def describe(config, sources, unread=()):
+def describe(config, sources, unread=(), prepared=True):
     """Plans the run's data.
 
     Args:
         config: schema.Config.
         sources, unread: what `open_sources` returns.
+        prepared: False leaves out the problem that an index is not prepared.
 
     Returns:
         dict, JSON-able:
             fingerprint: sha256 of all below but warnings and problems.
             phases: name, bag_size, sequence, steps, raw_tokens, sources (name -> weight, share, raw_tokens, epochs,
                 epochs_so_far), data_path (Megatron's --data-path; None where curriculum bins are read).
-            sources: name -> prefix, documents, raw_tokens, epochs (planned), limit, weights, fingerprint.
+            sources: name -> prefix, documents, raw_tokens, epochs (planned), begins (epochs, whole), bag_sizes, limit,
+                weights, fingerprint.
             unread: curriculum bins that no phase names.
             warnings, problems: lines. A run with problems cannot end.
 
@@ -76,6 +79,7 @@ def describe(config, sources, unread=()):
     phases, problems, step, raw = [], {}, 0, 0
     planned = dict.fromkeys(sources, 0.0)
     parts = {name: [] for name in sources}
+    bag_sizes = {name: set() for name in sources}
     for phase in config.phases:
         weights = sampler.blend(phase, sources)
         shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
@@ -90,7 +94,7 @@ def describe(config, sources, unread=()):
         if phase.until_steps is not None:
             steps = max(0, phase.until_steps - step)
         else:
-            steps = max(0, -int(-(phase.until_raw_tokens - raw) // per_step))
+            steps = max(0, ceil((phase.until_raw_tokens - raw) / per_step))
         step, raw = step + steps, raw + round(steps * per_step)
         rows = {}
         for name, share in shares.items():
@@ -98,6 +102,7 @@ def describe(config, sources, unread=()):
             epoch = _readable(sources[name], phase.bag_size, phase.sequence)
             epochs = tokens / epoch if epoch else 0.0
             planned[name] += epochs
+            bag_sizes[name].add(phase.bag_size)
             parts[name].append(f"{phase.name} {epochs:.3g} ({tokens:,} raw tokens)")
             rows[name] = {
                 "weight": weights[name], "share": share, "raw_tokens": tokens, "epochs": epochs,
@@ -114,7 +119,8 @@ def describe(config, sources, unread=()):
         "sources": {
             name: {
                 "prefix": str(source.prefix), "documents": source.documents, "raw_tokens": source.total_tokens,
-                "epochs": planned[name], "limit": source.epochs, "weights": config.data.sources[
+                "epochs": planned[name], "begins": _begins(planned[name]) if parts[name] else 0,
+                "bag_sizes": sorted(bag_sizes[name]), "limit": source.epochs, "weights": config.data.sources[
                     config.data.source_of(name)].weights, "fingerprint": source.fingerprint,
             }
             for name, source in sources.items()
@@ -129,26 +135,36 @@ def describe(config, sources, unread=()):
         if epochs > NEARLY_FREE
     ]
     for name, source in sources.items():
-        problems |= dict.fromkeys(_problems(config, name, source, planned[name], parts[name]))
+        at = f"data.sources.{config.data.source_of(name)}"
+        if source.epochs is not None and planned[name] > source.epochs + SLACK:
+            line = (
+                f"{at}.epochs={source.epochs}: the run reads '{name}' {planned[name]:.4g} times: "
+                f"{', '.join(parts[name])}; raise epochs, lower its weight, end phases earlier, or add data"
+            )
+            problems[line] = None
+        missing = _unprepared(source, value["sources"][name]) if prepared else []
+        if missing:
+            line = (
+                f"{at}: '{name}' has {source.items:,} items, more than {MEMORY_ITEMS:,}, and no prepared "
+                f"{', '.join(missing)}; run `boreal data prepare CONFIG`"
+            )
+            problems[line] = None
     return {"fingerprint": fingerprint, **value, "warnings": warnings, "problems": list(problems)}
 
 
-def _problems(config, name, source, epochs, parts):
-    at = f"data.sources.{config.data.source_of(name)}"
-    if source.epochs is not None and epochs > source.epochs + SLACK:
-        yield (
-            f"{at}.epochs={source.epochs}: the run reads '{name}' {epochs:.4g} times: {', '.join(parts)}; raise epochs, "
-            "lower its weight, end phases earlier, or add data"
-        )
-    if source.items > MEMORY_ITEMS and parts:
-        begun = max(1, int(-(-(epochs - SLACK) // 1)))
-        missing = [e for e in range(begun) if not source.prepared or starts_name(e) not in source.prepared.files]
-        if missing:
-            yield (
-                f"{at}: '{name}' has {source.items:,} items, more than {MEMORY_ITEMS:,}, and no index is prepared for "
-                f"{'epoch' if len(missing) == 1 else 'epochs'} {', '.join(map(str, missing))}; run `boreal data prepare "
-                "CONFIG`"
-            )
+def _begins(epochs):
+    """Whole epochs that begin where so many are read."""
+    return max(1, ceil(epochs - SLACK))
+
+
+def _unprepared(source, row):
+    """Names of the index files that the run needs and does not find."""
+    if source.items <= MEMORY_ITEMS:
+        return []
+    names = [starts_name(epoch) for epoch in range(row["begins"])]
+    if source.boundaries != "flat":
+        names += [bags_name(e, source.boundaries, k) for e in range(row["begins"]) for k in row["bag_sizes"]]
+    return [name for name in names if not source.prepared or name not in source.prepared.files]
 
 
 def _fill(source, bag_size):

@@ -39,7 +39,7 @@ CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
 ID_DTYPES = tuple(np.dtype(d) for d in (np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16))
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32
 MAX_DOCUMENTS = 2**31 - 1  # megatron-core numbers them in int32
-CHUNK = 1 << 20  # entries of an index looked at at a time
+CHUNK = 1 << 16  # entries of an index looked at at a time
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -1,6 +1,6 @@
 """Indexes that `boreal data prepare` made: where they lie, what they hold, and that they are what was written.
 
-    PREFIX.index/digests.json                {file name: bytes and SHA-256} of PREFIX.idx and the side-cars
+    PREFIX.index/digests.json                {path from PREFIX's folder: bytes and SHA-256} of PREFIX.idx and the side-cars
     PREFIX.index/<fingerprint[:16]>/         one folder for each source and curriculum bin
         index.json                           its sizes; bytes and SHA-256 of each file beside it; written last
         epoch-E.starts                       int64 [n + 1], stream offset of each item in reading order, then the total
@@ -51,7 +51,8 @@ def known_digest(prefix, path):
         BorealError: the file is not the one that the indexes were prepared from.
     """
     path, notes = Path(path), home(prefix) / DIGESTS
-    noted = json.loads(notes.read_text()).get(path.name) if notes.exists() else None
+    name = os.path.relpath(path, Path(prefix).parent)
+    noted = json.loads(notes.read_text()).get(name) if notes.exists() else None
     if noted is None:
         return digest(path)
     if path.stat().st_size != noted["bytes"] or (verifies() and digest(path) != noted["sha256"]):

@@ -43,7 +43,7 @@ from typing import NamedTuple
 import numpy as np
 
 from boreal_megatron.data.indexed import IndexedReader, idx_path
-from boreal_megatron.data.prepared import Prepared, bags_name, known_digest, starts_name, verifies
+from boreal_megatron.data.prepared import Prepared, bags_name, home, known_digest, starts_name, verifies
 from boreal_megatron.data.shuffle import Permutation
 from boreal_megatron.errors import BorealError
 
@@ -150,16 +150,27 @@ class Source:
     @cached_property
     def fingerprint(self):
         """sha256 of seed, name, cut, index file and side-cars: a cursor means something only together with them."""
-        key = f"{known_digest(self.prefix, idx_path(self.prefix))}/{self.seed}/{self.name}/{self.piece_tokens}"
-        for what, path in self._sidecars.items():
-            if path is not None:
-                key += f"/{what} {known_digest(self.prefix, path)}"
+        index, *sidecars = (known_digest(self.prefix, path) for path in self.files)
+        kinds = [kind for kind, path in self._sidecars.items() if path is not None]
+        key = f"{index}/{self.seed}/{self.name}/{self.piece_tokens}"
+        key += "".join(f"/{kind} {sha}" for kind, sha in zip(kinds, sidecars, strict=True))
         return hashlib.sha256(key.encode()).hexdigest()
+
+    @property
+    def files(self):
+        """What the fingerprint is of: the index file, and the side-cars that there are."""
+        return [idx_path(self.prefix), *(path for path in self._sidecars.values() if path is not None)]
+
+    @property
+    def binned(self):
+        return self._bins is not None
 
     @cached_property
     def prepared(self):
         """What `boreal data prepare` made for this source, or None."""
-        return None if self._order is not None else Prepared.find(self.prefix, self.fingerprint)
+        if self._order is not None or not home(self.prefix).exists():
+            return None
+        return Prepared.find(self.prefix, self.fingerprint)
 
     def need(self, what):
         """Raises BorealError if so much may not be made in memory."""
@@ -183,7 +194,8 @@ class Source:
                 numbers = np.arange(first, min(first + CHUNK, len(self.reader)))
                 if self._bins is not None:
                     numbers = numbers[self._bins[numbers] == self._bin]
-            yield numbers, self.reader.document_lengths[numbers].astype(np.int64)
+            if len(numbers):
+                yield numbers, self.reader.document_lengths[numbers].astype(np.int64)
             self.reader.release()
 
     def pieces(self, lengths):
@@ -193,6 +205,8 @@ class Source:
     @cached_property
     def _sizes(self):
         """Documents, items and tokens of one epoch."""
+        if self.prepared:
+            return self.prepared.sizes
         documents = items = tokens = 0
         for _, lengths in self.document_chunks():
             documents, items, tokens = (
@@ -270,6 +284,9 @@ class Source:
         """Returns the bags of one epoch; no order changes it."""
         if self.boundaries == "flat":
             return self.total_tokens // bag_size
+        folded = self.prepared and self.prepared.array(bags_name(0, self.boundaries, bag_size))
+        if folded is not None:
+            return int(folded[-1])
         if bag_size not in self._bags:
             self._bags[bag_size] = sum(int(self._fold(lengths, bag_size).sum()) for _, lengths in self.document_chunks())
         return self._bags[bag_size]
