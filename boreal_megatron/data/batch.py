@@ -68,7 +68,7 @@ def make(windows, *, boundaries, device, fillers=0, context=(0, 1)):
     document = np.stack([w["document"] for w in windows])  # [b, L + 1]
     k, b, bags = ids.shape
     length = bags - 1
-    assert b * length < 2**31, f"a row of {b * length} positions: cu_seqlens are int32"
+    check_row(b, length)
     counted = np.arange(b) < b - fillers
 
     def ahead(distance):
@@ -112,6 +112,10 @@ def make(windows, *, boundaries, device, fillers=0, context=(0, 1)):
         mtp_label_weight=row(mtp_label_weight),
         raw_tokens=int((valid[..., :-1] & counted[:, None]).sum()),
     )
+
+
+def check_row(windows, length):
+    assert windows * length < 2**31, f"a row of {windows * length} positions: cu_seqlens are int32"
 
 
 def chunk(length, rank, size):
