@@ -18,8 +18,8 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. A target that counts weighs 1/k, so a full bag of them weighs 1, times its document's weight; any
-    other weighs 0.
+    """One micro-batch. A target that counts weighs 1/k, so a full bag of them weighs 1, times its document's weight;
+    any other weighs 0.
 
     Attributes:
         ids: int64 [k, 1, t]; -1 is an empty slot of a padded bag.

@@ -4,8 +4,8 @@
 token is read. A plan is what the sampler will do but for the odd window: no source gets ahead of its share by more than
 one, and a phase ends with a whole step.
 
-Of raw tokens: a step with `windows` windows of L bags of k reads windows * L * k of them where bags are full; `fill` is the
-share of a bag's slots that are. An epoch gives whole windows only.
+A step of W windows of L bags of k reads W * L * k raw tokens where bags are full; `fill` is the share of a bag's slots
+that are. An epoch gives whole windows only.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from boreal_megatron.errors import BorealError
 # Up to 4 epochs of repeated data are nearly as good as new data (Muennighoff et al. 2023, arXiv 2305.16264).
 NEARLY_FREE = 4
 SLACK = 1e-9  # of an epoch: rounding of the plan
+NEAR = 0.01  # of an epoch: what the sampler may read beyond it
 
 
 def open_sources(config, tokens=True):
@@ -119,7 +120,7 @@ def describe(config, sources, unread=(), prepared=True):
         "sources": {
             name: {
                 "prefix": str(source.prefix), "documents": source.documents, "raw_tokens": source.total_tokens,
-                "epochs": planned[name], "begins": _begins(planned[name]) if parts[name] else 0,
+                "epochs": planned[name], "begins": _begins(source, planned[name]) if parts[name] else 0,
                 "bag_sizes": sorted(bag_sizes[name]), "limit": source.epochs, "weights": config.data.sources[
                     config.data.source_of(name)].weights, "fingerprint": source.fingerprint,
             }
@@ -152,9 +153,9 @@ def describe(config, sources, unread=(), prepared=True):
     return {"fingerprint": fingerprint, **value, "warnings": warnings, "problems": list(problems)}
 
 
-def _begins(epochs):
-    """Whole epochs that begin where so many are read."""
-    return max(1, ceil(epochs - SLACK))
+def _begins(source, epochs):
+    """Whole epochs that may begin where so many are planned; one more than planned where that is a near thing."""
+    return min(max(1, ceil(epochs + NEAR)), source.epochs or 2**63)
 
 
 def _unprepared(source, row):
@@ -196,8 +197,8 @@ def render(value):
         width = max(map(len, phase["sources"]))
         for name, row in phase["sources"].items():
             lines.append(
-                f"    {name:{width}} {row['share']:7.2%} {row['raw_tokens']:>20,} raw tokens {row['epochs']:9.3f} epochs, "
-                f"{row['epochs_so_far']:.3f} so far"
+                f"    {name:{width}} {row['share']:7.2%} {row['raw_tokens']:>20,} raw tokens {row['epochs']:9.3f} "
+                f"epochs, {row['epochs_so_far']:.3f} so far"
             )
         lines.append(f"    --data-path {phase['data_path'] or 'none: Megatron has no curriculum bins'}")
     lines.append("  sources")

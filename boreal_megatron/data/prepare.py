@@ -1,4 +1,4 @@
-"""`boreal data prepare`: writes the indexes of a run's sources beforehand, so that training builds and waits for nothing.
+"""`boreal data prepare`: writes the indexes of a run's sources, so that training builds and waits for nothing.
 
 Memory does not grow with the number of items. Items are visited as they lie in the file, which is the only order in
 which lengths are read; each is written, with its place, to the block of places that it belongs to; then each block is
@@ -89,7 +89,7 @@ def write(source, epochs, bag_sizes, progress=quiet):
 
 
 def _files(source, epochs, bag_sizes):
-    """(name, bytes, function(path of the unfinished file, progress) -> its arrays) of everything an index consists of."""
+    """(name, bytes, function(path of the unfinished file, progress) -> its arrays) of all that an index consists of."""
     if source.binned:
         yield "members", 4 * source.documents, _members(source)
     if source.piece_tokens is not None:
@@ -132,10 +132,10 @@ def _starts(source, epoch):
     """int64 [n + 1], stream offset of each item in reading order: see the module."""
 
     def make(path, progress):
-        total = source.items
+        total, what = source.items, f"{source.name} epoch {epoch}"
         with open(path, "r+b") as file:
             file.truncate(8 * (total + 1))
-            _scatter(file.fileno(), source, epoch, lambda done: progress(f"{source.name} epoch {epoch}", done, 2 * total))
+            _scatter(file.fileno(), source, epoch, lambda done: progress(what, done, 2 * total))
             offset = 0
             for first in range(0, total, BLOCK):
                 count = min(BLOCK, total - first)
@@ -149,7 +149,7 @@ def _starts(source, epoch):
                 sums -= lengths
                 yield sums
                 offset = last
-                progress(f"{source.name} epoch {epoch}", total + first + count, 2 * total)
+                progress(what, total + first + count, 2 * total)
             assert offset == source.total_tokens, (offset, source.total_tokens)
             yield np.array([offset], np.int64)
 
@@ -242,7 +242,7 @@ def _alone(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BorealError(f"{folder}: another prepare is writing there. Expected: one. Wait for it to end.") from None
+            raise BorealError(f"{folder}: another prepare is writing. Expected: one. Wait for it to end.") from None
         yield
 
 
@@ -261,6 +261,6 @@ def _check_space(folder, sizes):
     free = shutil.disk_usage(folder).free
     if sizes and sum(sizes) + SPARE > free:
         raise BorealError(
-            f"{folder}: the index takes {sum(sizes):,} bytes, {free:,} are free. Expected: {SPARE:,} more than it takes. "
-            "Free some space and run again."
+            f"{folder}: the index takes {sum(sizes):,} bytes, {free:,} are free. Expected: {SPARE:,} more than it "
+            "takes. Free some space and run again."
         )

@@ -1,6 +1,6 @@
 """Indexes that `boreal data prepare` made: where they lie, what they hold, and that they are what was written.
 
-    PREFIX.index/digests.json                {path from PREFIX's folder: bytes and SHA-256} of PREFIX.idx and the side-cars
+    PREFIX.index/digests.json                bytes and SHA-256 of PREFIX.idx and the side-cars, by path from its folder
     PREFIX.index/<fingerprint[:16]>/         one folder for each source and curriculum bin
         index.json                           its sizes; bytes and SHA-256 of each file beside it; written last
         epoch-E.starts                       int64 [n + 1], stream offset of each item in reading order, then the total

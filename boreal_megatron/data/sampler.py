@@ -137,7 +137,8 @@ def plan(phase, ledger, sources, windows):
         pick = int(np.argmax(weight * (consumed.sum() + full_window) - consumed * weight_sum))
         step = next(walks[pick])
         if not may_begin(sources[names[pick]], step.epoch):
-            raise _exhausted(phase, names[pick], sources[names[pick]], cursors[pick], weight[pick] / weight_sum, windows - done)
+            share = weight[pick] / weight_sum
+            raise _exhausted(phase, names[pick], sources[names[pick]], cursors[pick], share, windows - done)
         picks.append((names[pick], (step.epoch, step.start)))
         cursor = cursors[pick]
         cursors[pick] = Cursor(step.epoch, step.end, cursor.raw_tokens + step.read, cursor.dropped + step.dropped)
@@ -158,12 +159,12 @@ def may_begin(source, epoch):
 
 def _exhausted(phase, name, source, cursor, share, windows):
     left = source.total_tokens - cursor.offset
+    field = f"data.sources.{name.rpartition('/')[0] or name}.epochs"
     return BorealError(
-        f"source '{name}' has begun all its {source.epochs} epochs (data.sources.{name.rpartition('/')[0] or name}.epochs) and "
-        f"has {left:,} raw tokens left, too few for a window; phase '{phase.name}' needs {share:.3g} of its tokens from "
-        f"it, and this step another {windows} windows of {phase.bag_size * phase.sequence:,} raw tokens, blended. "
-        "Raise or remove epochs, lower its weight in the blend, end the phase earlier, or add data; then resume from the "
-        "last checkpoint."
+        f"source '{name}' has begun all its {source.epochs} epochs ({field}) and has {left:,} raw tokens left, too few "
+        f"for a window; phase '{phase.name}' needs {share:.3g} of its tokens from it, and this step another {windows} "
+        f"windows of {phase.bag_size * phase.sequence:,} raw tokens, blended. Raise or remove epochs, lower its weight "
+        "in the blend, end the phase earlier, or add data; then resume from the last checkpoint."
     )
 
 

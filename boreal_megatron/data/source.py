@@ -19,12 +19,12 @@ in the stream is an array, made beforehand by `boreal data prepare` (`prepared.p
 memory while there are at most MEMORY_ITEMS of them.
 
 How far the numbers go, for 15e12 tokens of int32 ids:
-    samples           1.83e9 windows of 8,192: 85% of int32, and 3.7e9 of 4,096 are beyond it. Here a window is a cursor,
-                      and windows are counted in Python's integers: no limit.
+    samples           1.83e9 windows of 8,192: 85% of int32, and 3.7e9 of 4,096 are beyond it. Here a window is a
+                      cursor, and windows are counted in Python's integers: no limit.
     offsets           tokens and bytes (6e13) in int64: 9.2e18.
     one document      below 2^31 tokens: lengths in the .idx are int32. Refused by `indexed.py` where sequences add up.
-    one data set      below 2^31 documents, which megatron-core numbers in int32: 3.4e9 documents of 4,400 tokens are two
-                      data sets. Refused by `indexed.py`.
+    one data set      below 2^31 documents, which megatron-core numbers in int32: 3.4e9 documents of 4,400 tokens are
+                      two data sets. Refused by `indexed.py`.
     items             below 2^62 (`shuffle.py`); an item and its place in a block are packed in 32 bits each
                       (`prepare.py`).
     blend             raw tokens of a phase as float64: exact below 2^53 = 9.0e15. Asserted by `sampler.plan`.
@@ -175,10 +175,10 @@ class Source:
     def need(self, what):
         """Raises BorealError if so much may not be made in memory."""
         if self.items > MEMORY_ITEMS:
+            kind = "pieces" if self.piece_tokens else "documents"
             raise BorealError(
-                f"source '{self.name}' ({self.prefix}) has {self.items:,} {'pieces' if self.piece_tokens else 'documents'}"
-                f"; {what} has no prepared index. Expected: one, for more than {MEMORY_ITEMS:,}. "
-                "Run `boreal data prepare CONFIG`."
+                f"source '{self.name}' ({self.prefix}) has {self.items:,} {kind}; {what} has no prepared index. "
+                f"Expected: one, for more than {MEMORY_ITEMS:,}. Run `boreal data prepare CONFIG`."
             )
 
     # ------------------------------------------------------------ items
@@ -288,7 +288,8 @@ class Source:
         if folded is not None:
             return int(folded[-1])
         if bag_size not in self._bags:
-            self._bags[bag_size] = sum(int(self._fold(lengths, bag_size).sum()) for _, lengths in self.document_chunks())
+            chunks = self.document_chunks()
+            self._bags[bag_size] = sum(int(self._fold(lengths, bag_size).sum()) for _, lengths in chunks)
         return self._bags[bag_size]
 
     def _fold(self, lengths, bag_size):
@@ -465,10 +466,10 @@ def _sidecar(path, reader, kind, fits):
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
-        raise BorealError(f"{path}: not a .npy file ({error}). Expected: {kind}, one entry for each document.") from None
+        raise BorealError(f"{path}: not a .npy file ({error}). Expected: {kind}, one for each document.") from None
     if values.shape != (len(reader),) or not fits(values.dtype):
         raise BorealError(
-            f"{path}: {values.dtype} {list(values.shape)}. Expected: {kind} [{len(reader)}], one entry for each document "
+            f"{path}: {values.dtype} {list(values.shape)}. Expected: {kind} [{len(reader)}], one for each document "
             f"of {reader.prefix}. Make it for this data set."
         )
     return values
