@@ -191,11 +191,14 @@ def _plain(config, letters):
         )
     for number, phase in enumerate(config.phases):
         for name in phase.blend or ():
-            if name not in config.data.sources:
-                yield (
-                    f"phases.{number} ({phase.name}).blend names {name!r}; "
-                    f"data.sources has: {', '.join(config.data.sources)}"
-                )
+            source = config.data.sources.get(config.data.source_of(name))
+            at = f"phases.{number} ({phase.name}).blend"
+            if source is None:
+                yield f"{at} names {name!r}; data.sources has: {', '.join(config.data.sources)}"
+            elif "/" in name and source.bins is None:
+                yield f"{at} names {name!r}, a curriculum bin; data.sources.{name.rpartition('/')[0]} has no bins"
+            elif "/" in name and name.rpartition("/")[0] in phase.blend:
+                yield f"{at} names {name!r} and all of {name.rpartition('/')[0]!r}; name one of them, or bins only"
     for unit in ("until_raw_tokens", "until_steps"):
         ends = [getattr(phase, unit) for phase in config.phases if getattr(phase, unit)]
         if ends != sorted(set(ends)):

@@ -149,6 +149,9 @@ def _fields(kind, location):
     for part in location:
         if isinstance(part, int):
             continue
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            continue
         kind = _model_in(kind.model_fields[part].annotation)
     return list(kind.model_fields) + (["preset"] if kind is schema.Model else [])
 

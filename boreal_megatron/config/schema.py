@@ -6,7 +6,7 @@ k tokens one position is k raw tokens. Derived values are methods, never stored 
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -108,7 +108,8 @@ class Phase(Frozen):
     """One stretch of the run, with what holds during it.
 
     It ends when the run has consumed `until_raw_tokens`, or taken `until_steps` steps, both counted from the
-    start of the run; exactly one of the two is written.
+    start of the run; exactly one of the two is written. `blend` weighs sources (NAME) and their curriculum bins
+    (NAME/BIN); without it every source counts by its size, and so do the bins of a source that is named as a whole.
     """
 
     name: str
@@ -158,27 +159,57 @@ class Optimizer(Frozen):
     distributed: bool = True
 
 
+class DataSource(Frozen):
+    """A Megatron data set, PREFIX.bin and PREFIX.idx; a prefix alone may be written for it.
+
+    `epochs` is how many times it may be begun at most: a run that needs more is refused at the start, and stops where
+    it would begin one more. Without it the next epoch begins by itself. `weights` is a .npy of float32, one for each
+    document: what its tokens count in the loss, which is divided by the weights of all targets. `bins` is a .npy of
+    integers, one for each document: each bin is a stream of its own, NAME/BIN, that a blend may name.
+    """
+
+    prefix: str
+    epochs: Positive | None = None
+    weights: str | None = None
+    bins: str | None = None
+
+
 class Data(Frozen):
-    """`sources` maps a name to a Megatron data prefix (PREFIX.bin, PREFIX.idx).
+    """`sources` maps a name to a DataSource.
 
     Documents are read in random order, each from end to end. `piece_tokens` cuts them into pieces of at most so many
     raw tokens first, so that the few rows of a small step come from many documents; nothing longer than a piece is
     then learned from. `prefetch_workers` threads on each rank read the next step while one trains; 0 reads each step
     when it is its turn. A prefix may be a URL (s3://, gs://, https://), where more threads hide more latency.
+    `boundaries` is where bags may end, see `data/source.py`.
     """
 
     tokenizer: str
-    sources: dict[str, str]
+    sources: dict[str, DataSource]
     validation: str | None = None
-    boundaries: Literal["flat", "align"] = "flat"
+    boundaries: Literal["flat", "align", "drop_tail"] = "flat"
     piece_tokens: Positive | None = None
     prefetch_workers: Annotated[int, Field(ge=0)] = 2
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _prefixes(cls, sources):
+        if not isinstance(sources, dict):
+            return sources
+        return {name: {"prefix": value} if isinstance(value, str) else value for name, value in sources.items()}
 
     @model_validator(mode="after")
     def _some_source(self):
         if not self.sources:
             raise ValueError("sources is empty; name at least one data prefix")
+        wrong = [name for name in self.sources if "/" in name]
+        if wrong:
+            raise ValueError(f"source {', '.join(wrong)}: a name has no '/', which names a curriculum bin; rename it")
         return self
+
+    def source_of(self, stream):
+        """The name of the source that a stream, NAME or NAME/BIN, belongs to."""
+        return stream.rpartition("/")[0] or stream
 
 
 class Checkpoint(Frozen):

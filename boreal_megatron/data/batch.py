@@ -18,7 +18,8 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. A target that counts weighs 1/k, so a full bag of them weighs 1; any other weighs 0.
+    """One micro-batch. A target that counts weighs 1/k, so a full bag of them weighs 1, times its document's weight;
+    any other weighs 0.
 
     Attributes:
         ids: int64 [k, 1, t]; -1 is an empty slot of a padded bag.
@@ -55,16 +56,19 @@ def make(windows, *, boundaries, device, fillers=0, context=(0, 1)):
 
     Args:
         windows: what `Source.read_window` returns, b of them.
-        boundaries: "flat" (every label counts) or "align" (a label in another document than its input weighs 0).
+        boundaries: "flat" (every label counts), "align" or "drop_tail" (a label in another document than its input
+            weighs 0).
         device: where the tensors go.
         fillers: the last so many windows weigh 0 and count no raw tokens; they only give a rank its row to run.
         context: (rank, size) of context parallelism; size divides T.
     """
     ids = np.stack([w["ids"] for w in windows], axis=1)  # [k, b, L + 1]
     valid = np.stack([w["valid"] for w in windows], axis=1)
+    target = np.stack([w["weight"] for w in windows], axis=1)  # [k, b, L + 1]
     document = np.stack([w["document"] for w in windows])  # [b, L + 1]
     k, b, bags = ids.shape
     length = bags - 1
+    check_row(b, length)
     counted = np.arange(b) < b - fillers
 
     def ahead(distance):
@@ -72,8 +76,8 @@ def make(windows, *, boundaries, device, fillers=0, context=(0, 1)):
         reach = bags - distance  # inputs that have such a label in their window
         labels, weight = np.zeros((k, b, length), np.int64), np.zeros((k, b, length), np.float32)
         labels[..., :reach] = ids[..., distance:]
-        weight[..., :reach] = valid[..., distance:] * np.float32(1 / k)
-        if boundaries == "align":
+        weight[..., :reach] = target[..., distance:] * np.float32(1 / k)
+        if boundaries != "flat":
             weight[..., :reach] *= document[:, :reach] == document[:, distance:]
         return labels, weight * counted[:, None]
 
@@ -110,6 +114,10 @@ def make(windows, *, boundaries, device, fillers=0, context=(0, 1)):
     )
 
 
+def check_row(windows, length):
+    assert windows * length < 2**31, f"a row of {windows * length} positions: cu_seqlens are int32"
+
+
 def chunk(length, rank, size):
     """The positions of a row that one context-parallel rank holds: contiguous, in rank order."""
     assert length % size == 0, f"{length} positions do not divide over {size} context-parallel ranks"
@@ -119,9 +127,11 @@ def chunk(length, rank, size):
 
 def of_tokens(ids, device):
     """One document of plain tokens as a batch without labels, for looking at logits. ids: int64 [T]."""
+    valid = np.ones((1, len(ids) + 1), bool)
     window = {
         "ids": np.append(ids.numpy(), 0)[None].astype(np.int64),
-        "valid": np.ones((1, len(ids) + 1), bool),
+        "valid": valid,
+        "weight": valid.astype(np.float32),
         "document": np.zeros(len(ids) + 1, np.int64),
     }
     return make([window], boundaries="align", device=device, fillers=1)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from boreal_megatron.data import remote, sampler
+from boreal_megatron.data import blend, remote, sampler
 from boreal_megatron.data.indexed import IndexedReader
 from boreal_megatron.data.prefetch import Prefetcher, Work
 from boreal_megatron.data.source import Source
@@ -36,11 +36,13 @@ class Loader:
         context: (rank, size) of context parallelism.
 
     Attributes:
-        sources: name -> Source.
+        sources: stream, NAME or NAME/BIN -> Source.
+        blend: what is read of them, planned for the whole run (`blend.describe`).
         validation_source: Source in file order, or None.
 
     Raises:
-        BorealError: a data set is missing or damaged, too small for a phase's windows, or made with another tokenizer.
+        BorealError: a data set is missing or damaged, too small for a phase's windows or for the run, or made with
+            another tokenizer.
     """
 
     def __init__(self, config, dp_rank, dp_size, device, context=(0, 1)):
@@ -49,7 +51,10 @@ class Loader:
         self.config, self.dp_rank, self.dp_size, self.device = config, dp_rank, dp_size, device
         self.make = partial(batch.make, boundaries=config.data.boundaries, device="cpu", context=context)
         _check_tokenizers(config)
-        self.sources = open_sources(config)
+        self.sources, unread = blend.open_sources(config)
+        self.blend = blend.describe(config, self.sources, unread)
+        if self.blend["problems"]:
+            raise ProblemsError("data", self.blend["problems"])
         self.validation_source = _open_validation(config)
         self._prefetcher = Prefetcher(self._work, config.data.prefetch_workers)
 
@@ -123,24 +128,6 @@ class Loader:
             yield self._on_device(self.make(read, fillers=fillers))
 
 
-def open_sources(config):
-    """Opens the training sources, each checked to fill a window of every phase that reads it.
-
-    Returns:
-        name -> Source.
-
-    Raises:
-        BorealError: as `Loader`.
-    """
-    data = config.data
-    common = {"boundaries": data.boundaries, "vocab_size": config.model.vocab_size, "piece_tokens": data.piece_tokens}
-    sources = {name: Source(name, prefix, config.seed, **common) for name, prefix in data.sources.items()}
-    for phase in config.phases:
-        for name in sampler.blend(phase, sources):
-            sources[name].check_window(phase.bag_size, phase.sequence)
-    return sources
-
-
 def _open_validation(config):
     data = config.data
     if data.validation is None:
@@ -169,7 +156,7 @@ def check_tokenizer(config):
 
 def _check_tokenizers(config):
     """Raises ProblemsError if what `preprocess` noted beside the data does not fit the run or the other data sets."""
-    prefixes = dict(config.data.sources)
+    prefixes = {name: source.prefix for name, source in config.data.sources.items()}
     if config.data.validation is not None:
         prefixes[VALIDATION] = config.data.validation
     used = defaultdict(list)  # tokenizer fingerprint -> what has it

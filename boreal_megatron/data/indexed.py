@@ -42,7 +42,7 @@ CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
 ID_DTYPES = tuple(np.dtype(d) for d in (np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16))
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32
 MAX_DOCUMENTS = 2**31 - 2  # megatron-core numbers documents in int32, and their boundaries are one more
-INDEX_PIECE = 1 << 18  # entries of the .idx that are checked at a time
+INDEX_PIECE = 1 << 16  # entries of the .idx that are checked at a time
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -392,6 +392,10 @@ class IndexedReader:
         if not sound or last != sequences:
             found = f"document boundaries from {self.document_index[0]} to {self.document_index[-1]}"
             raise self._refuse(self._idx, found, f"rising from 0 to {sequences}, the sequences")
+        if not self._one_sequence_each and (longest := int(self.document_lengths.max())) > MAX_DOCUMENT_TOKENS:
+            raise self._refuse(
+                self._idx, f"a document of {longest:,} tokens", f"at most {MAX_DOCUMENT_TOKENS:,}", " Split it."
+            )
 
     def _open_tokens(self):
         whole = self.total_tokens * self.dtype.itemsize

@@ -73,16 +73,28 @@ class Ledger:
 
 
 def blend(phase, sources):
-    """Returns name -> weight, sorted by name; without `phase.blend`, each source counts by its size.
+    """What a phase reads: stream -> weight, sorted by name.
+
+    A source with curriculum bins is the streams NAME/BIN; named as a whole, they share its weight by their size.
+    Without `phase.blend`, each stream counts by its size.
 
     Raises:
-        BorealError: the blend names a source that `data.sources` does not.
+        BorealError: the blend names a source or a bin that there is not.
     """
-    weights = phase.blend or {name: source.total_tokens for name, source in sources.items()}
-    unknown = sorted(set(weights) - set(sources))
+    if phase.blend is None:
+        return {name: source.total_tokens for name, source in sorted(sources.items())}
+    weights, unknown = {}, []
+    for name, weight in phase.blend.items():
+        bins = {each: source.total_tokens for each, source in sources.items() if each.startswith(name + "/")}
+        if name in sources:
+            weights[name] = weight
+        elif bins:
+            weights |= {each: weight * tokens / sum(bins.values()) for each, tokens in bins.items()}
+        else:
+            unknown.append(name)
     if unknown:
         raise BorealError(
-            f"phase '{phase.name}' blends {', '.join(unknown)}. Expected: names from data.sources, which are "
+            f"phase '{phase.name}' blends {', '.join(sorted(unknown))}. Expected: names from data.sources, which are "
             f"{', '.join(sorted(sources))}. Add the missing source, or take it out of the blend."
         )
     return dict(sorted(weights.items()))
@@ -99,6 +111,9 @@ def plan(phase, ledger, sources, windows):
 
     Returns:
         list of (source name, (epoch, offset)) in global sample order, and the Ledger after them.
+
+    Raises:
+        BorealError: a source would have to begin an epoch more than it may.
     """
     if ledger.phase != phase.name:
         ledger = ledger.enter(phase.name)
@@ -108,22 +123,26 @@ def plan(phase, ledger, sources, windows):
     cursors = [ledger.sources.get(name, Cursor()) for name in names]
     consumed = np.array([ledger.phase_raw_tokens.get(name, 0) for name in names], dtype=np.float64)
     full_window = phase.bag_size * phase.sequence
+    assert consumed.sum() + windows * full_window < 2**53, "raw tokens of a phase are compared as float64"
 
     # Each walk looks up about as many windows at a time as its source will give.
-    chunks = np.ceil(windows * weight / weight_sum).astype(int).tolist()
+    chunks = np.maximum(1, np.ceil(windows * (weight / weight_sum))).astype(int).tolist()
     walks = [
         sources[name].walk(cursor.epoch, cursor.offset, phase.bag_size, phase.sequence, chunk)
         for name, cursor, chunk in zip(names, cursors, chunks, strict=True)
     ]
     picks = []
-    for _ in range(windows):
+    for done in range(windows):
         # Weights stay undivided, so equal ones tie exactly, and argmax takes the first name of a tie.
         pick = int(np.argmax(weight * (consumed.sum() + full_window) - consumed * weight_sum))
         step = next(walks[pick])
+        if not may_begin(sources[names[pick]], step.epoch):
+            share = weight[pick] / weight_sum
+            raise _exhausted(phase, names[pick], sources[names[pick]], cursors[pick], share, windows - done)
         picks.append((names[pick], (step.epoch, step.start)))
-        read, cursor = step.end - step.start, cursors[pick]
-        cursors[pick] = Cursor(step.epoch, step.end, cursor.raw_tokens + read, cursor.dropped + step.dropped)
-        consumed[pick] += read
+        cursor = cursors[pick]
+        cursors[pick] = Cursor(step.epoch, step.end, cursor.raw_tokens + step.read, cursor.dropped + step.dropped)
+        consumed[pick] += step.read
 
     return picks, replace(
         ledger,
@@ -131,6 +150,21 @@ def plan(phase, ledger, sources, windows):
         positions=ledger.positions + windows * phase.sequence,
         sources={**ledger.sources, **dict(zip(names, cursors, strict=True))},
         phase_raw_tokens={name: int(count) for name, count in zip(names, consumed, strict=True)},
+    )
+
+
+def may_begin(source, epoch):
+    return source.epochs is None or epoch < source.epochs
+
+
+def _exhausted(phase, name, source, cursor, share, windows):
+    left = source.total_tokens - cursor.offset
+    field = f"data.sources.{name.rpartition('/')[0] or name}.epochs"
+    return BorealError(
+        f"source '{name}' has begun all its {source.epochs} epochs ({field}) and has {left:,} raw tokens left, too few "
+        f"for a window; phase '{phase.name}' needs {share:.3g} of its tokens from it, and this step another {windows} "
+        f"windows of {phase.bag_size * phase.sequence:,} raw tokens, blended. Raise or remove epochs, lower its weight "
+        "in the blend, end the phase earlier, or add data; then resume from the last checkpoint."
     )
 
 

@@ -12,9 +12,8 @@ import numpy as np
 
 from boreal_megatron.config import phases
 from boreal_megatron.data import remote, sampler
-from boreal_megatron.data.dataset import open_sources
+from boreal_megatron.data.blend import open_sources
 from boreal_megatron.data.sampler import Ledger
-from boreal_megatron.data.source import Pieces
 from boreal_megatron.errors import BorealError, ProblemsError
 
 TEXT_TOKENS, TEXT_CHARACTERS = 40, 60
@@ -42,7 +41,7 @@ def trace(config, step, dp_size, *, tokenizer=None, progress=None):
     """
     if step < 1:
         raise BorealError(f"step {step}. Expected: 1 or more; the first step of a run is 1.")
-    sources = open_sources(config)
+    sources, _ = open_sources(config)
     start, done, ledger = _start(config.checkpoint.folder, step, sources)
     first = done
     while True:
@@ -94,15 +93,9 @@ def stretches(source, epoch, begin, end):
     Returns:
         list of (document in the file, its first token, tokens), in reading order.
     """
-    view = source.epoch(epoch)
-    first = int(np.searchsorted(view.starts, begin, side="right")) - 1
-    last = int(np.searchsorted(view.starts, end, side="left"))
-    documents, starts = view.order[first:last], view.starts[first : last + 1]
-    low = np.maximum(starts[:-1], begin)
-    tokens, inner = np.minimum(starts[1:], end) - low, low - starts[:-1]
-    if isinstance(source.reader, Pieces):
-        documents, inner = source.reader.document[documents], inner + source.reader.start[documents]
-    return list(zip(documents.tolist(), inner.tolist(), tokens.tolist(), strict=True))
+    documents, offsets, tokens, _, _ = source.spans(epoch, begin, end)
+    stretch = zip(documents.tolist(), offsets.tolist(), tokens.tolist(), strict=True)
+    return [(document, first, count) for document, first, count in stretch if count]
 
 
 def render(report, rank=None):
@@ -160,7 +153,7 @@ class _Origins:
     """Where a source's documents come from, as far as preprocessing noted it beside the data."""
 
     def __init__(self, source):
-        self.reader = source.reader.reader if isinstance(source.reader, Pieces) else source.reader
+        self.reader = source.reader
         path = f"{source.prefix}.provenance.npy"
         self._rows = None
         if remote.is_url(path):

@@ -4,7 +4,8 @@ Losses leave as (sum, weight) pairs over *target slots*: a position has k of the
 
     objective = (main_sum + mtp_weight * mtp_sum) / main_weight
 
-Both sums are divided by the same global count, so the objective does not depend on how the batch is cut.
+Both sums are divided by the same global weight, so the objective does not depend on how the batch is cut. The weight of
+a document that has one is part of its targets' weights; without any the sum of weights is a count.
 """
 
 import torch
@@ -66,10 +67,9 @@ class Losses:
 
 
 def loss_function(mtp_weight, losses):
-    """What megatron-core's schedule wants: (sum to differentiate, target slots, what to log).
+    """What megatron-core's schedule wants: (sum to differentiate, a count, what to log).
 
-    The third entry is a detached clone: megatron-core divides the first in place.
+    Its count is an integer, which weights are not: it is 0, and `step.forward_backward` divides. The third entry is a detached clone: megatron-core divides the first in place.
     """
     total = losses[Losses.MAIN] + mtp_weight * losses[Losses.MTP]
-    count = losses[Losses.MAIN_COUNT].detach().round().to(torch.int)
-    return total, count, {"losses": losses.detach().clone()}
+    return total, losses.new_zeros((), dtype=torch.int), {"losses": losses.detach().clone()}

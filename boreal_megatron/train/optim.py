@@ -68,12 +68,12 @@ def build(config, wrapped):
     return optimizer
 
 
-def finalize(wrapped, *args, **kwargs):
-    """megatron-core's end of the backward pass: reduce gradients, divide them by the global count, move the router's
-    bias. The expert loads are read first, because it clears them."""
+def finalize(wrapped, count, **kwargs):
+    """megatron-core's end of the backward pass: reduce gradients, move the router's bias; `step.forward_backward`
+    divides them, not by a count. The expert loads are read first, because it clears them."""
     for chunk in wrapped:
         chunk.module.expert_loads = router.loads(chunk.module, chunk.module.pg_collection.tp_dp_cp)
-    finalize_model_grads(wrapped, *args, **kwargs)
+    finalize_model_grads(wrapped, None, **kwargs)
 
 
 def _key(name, matches):

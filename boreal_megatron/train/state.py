@@ -47,7 +47,7 @@ class State:
             ProblemsError: a source of the same name holds other data, or is cut otherwise, than its cursor is for.
         """
         changed = [
-            f"data.sources.{name}: its files, data.piece_tokens or the seed changed since the "
+            f"data.sources.{name}: its files, weights or bins, data.piece_tokens or the seed changed since the "
             "checkpoint; restore them, or give the new data a new name"
             for name, fingerprint in fingerprints.items()
             if self.sources.get(name, fingerprint) != fingerprint

@@ -81,7 +81,8 @@ def _longest(seconds, mesh):
 
 
 def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):
-    """Run a global batch through the pipeline; in training, gradients are reduced and divided at the end.
+    """Run a global batch through the pipeline; in training, gradients are reduced and divided by the global
+    weight of all targets at the end.
 
     Args:
         wrapped: this rank's DDP-wrapped chunks, a list.
@@ -115,6 +116,10 @@ def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):
         losses += output["losses"]
     dist.all_reduce(losses, group=mesh.groups.dp_cp)
     dist.all_reduce(losses, group=mesh.groups.pp)  # zeros on every stage but the last
+    if train:
+        weight = losses[Losses.MAIN_COUNT]
+        for chunk in wrapped:
+            chunk.scale_gradients(torch.where(weight > 0, 1.0 / weight, 0.0))
     return losses, _all_stages([chunk.module.expert_loads for chunk in wrapped], mesh) if train else None
 
 
@@ -132,8 +137,8 @@ def _all_stages(loads, mesh):
 def means(losses):
     """(main loss, MTP loss or None) in nats a target."""
     values = losses.tolist()
-    main = values[Losses.MAIN] / max(values[Losses.MAIN_COUNT], 1.0)
-    count = values[Losses.MTP_COUNT]
+    weight, count = values[Losses.MAIN_COUNT], values[Losses.MTP_COUNT]
+    main = values[Losses.MAIN] / weight if weight else 0.0
     return main, values[Losses.MTP] / count if count else None
 
 

@@ -51,6 +51,7 @@ def row(cuts, length, place=(0, 1)):
     """The batch of one window whose documents end at `cuts`."""
     document = np.searchsorted(np.array(cuts), np.arange(length + 1), side="right")
     window = {"ids": np.ones((1, length + 1), int), "valid": np.ones((1, length + 1), bool), "document": document}
+    window["weight"] = window["valid"].astype(np.float32)
     made = batch.make([window], boundaries="align", device="cpu", context=place)
     assert made.edges == (0, *cuts, length)
     return made

@@ -15,7 +15,7 @@ from boreal_megatron.config.schema import Parallel
 from boreal_megatron.data import batch
 from boreal_megatron.model import boreal, head, router
 from boreal_megatron.train import optim
-from boreal_megatron.train.step import forward_backward, means
+from boreal_megatron.train.step import forward_backward, means, means
 from tests.support.checkpoints import save
 from tests.support.configs import config_for, tiny_model
 from torch.overrides import TorchFunctionMode
@@ -31,7 +31,8 @@ def windows(count, bag, positions, seed, vocab=256, documents=(0.4,)):
         edges = np.array([int(share * positions) for share in documents])
         document = np.searchsorted(edges, np.arange(positions + 1), side="right") + 10 * number
         ids = rng.integers(1, vocab, (bag, positions + 1))
-        out.append({"ids": ids, "valid": np.ones_like(ids, bool), "document": document})
+        weight = np.ones_like(ids, np.float32)
+        out.append({"ids": ids, "valid": np.ones_like(ids, bool), "weight": weight, "document": document})
     return out
 
 
@@ -199,6 +200,37 @@ def test_no_host_reads_in_the_network(bag, mesh):
     with HostReads() as reads:
         b.cu_seqlens.tolist()
     assert reads.seen == ["tolist"]
+
+
+# ---------------------------------------------------------------- weights of documents
+
+
+@pytest.mark.parametrize("bag", [1, 4])
+def test_the_loss_is_divided_by_the_weights_of_its_targets(mesh, bag):
+    """sum(w * loss) / sum(w) over micro-batches of different weight: the mean of what each document gives alone."""
+    config, model = build(mesh, precision="fp32")
+    wrapped = optim.wrap(config, [model])
+    optim.build(config, wrapped)
+    phase = config.phases[0].model_copy(update={"router_bias_rate": 0.0})
+
+    def run(*weights):
+        """Loss and gradient of as many micro-batches, whose targets weigh so much."""
+        batches = []
+        for seed, weight in enumerate(weights):
+            made = windows(1, bag, 64, seed)
+            made[0]["weight"] *= np.float32(weight)
+            batches.append(batch.make(made, boundaries="align", device="cpu"))
+        losses, _ = forward_backward(config, wrapped, mesh, phase, batches)
+        return means(losses)[0], torch.cat([p.main_grad.flatten().clone() for p in model.parameters()])
+
+    one, alone = run(1)
+    two, other = run(0, 1)
+    for weights in [(1, 1), (0.001, 0.003), (7.0, 0.25)]:
+        share = weights[0] / sum(weights)
+        loss, gradient = run(*weights)
+        assert loss == pytest.approx(share * one + (1 - share) * two, rel=1e-6)
+        torch.testing.assert_close(gradient, share * alone + (1 - share) * other, rtol=1e-4, atol=1e-6)
+    assert not run(0, 0)[1].any()
 
 
 # ---------------------------------------------------------------- vocabulary padding

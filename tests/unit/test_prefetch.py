@@ -178,10 +178,8 @@ def test_an_error_reaches_the_step_that_needs_the_batch(tmp_path, workers):
     with opened(config) as loader:
         _, states = follow(config, loader, steps=bad)
         source, cursor = loader.sources["b"], states[bad].ledger.sources["b"]
-        view = source.epoch(cursor.epoch)
-        place = int(np.searchsorted(view.starts, cursor.offset + 5, side="right")) - 1
-        document = int(view.order[place])
-        token = int(source.reader.document_lengths[:document].sum()) + cursor.offset + 5 - int(view.starts[place])
+        [document], [inside], *_ = source.spans(cursor.epoch, cursor.offset + 5, cursor.offset + 6)
+        token = int(source.reader.document_lengths[:document].sum()) + int(inside)
     stored = np.memmap(f"{prefixes['b']}.bin", np.int32, "r+")
     stored[token] = 77_777
     stored.flush()

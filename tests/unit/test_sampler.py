@@ -12,6 +12,7 @@ from boreal_megatron.data.indexed import IndexedWriter
 from boreal_megatron.data.sampler import Ledger
 from boreal_megatron.data.source import Source
 from boreal_megatron.errors import BorealError
+from tests.unit.test_source import contents
 
 
 def open_sources(folder, sizes, boundaries="flat"):
@@ -81,7 +82,7 @@ def test_phase_switches_repeat_and_skip_nothing(tmp_path, boundaries):
         assert cursor.raw_tokens == len(mine)
         assert cursor.raw_tokens + cursor.dropped == cursor.epoch * source.total_tokens + cursor.offset
         for epoch in range(cursor.epoch + 1):  # each epoch is read from its first token on, in its own order
-            stream = [token for d in source.epoch(epoch).order for token in source.reader.document(d).tolist()]
+            stream = sum(contents(source, epoch), [])
             seen = [token for e, token in mine if e == epoch]
             assert seen == stream[: len(seen)]
     assert last.sources["a"].epoch > 0
