@@ -1,12 +1,13 @@
 """Preprocessing beside Megatron-LM's own tools: time, CPU, memory, and whether the same bytes are written.
 
-    python tools/bench_preprocess.py --megatron /path/to/Megatron-LM --work /tmp/bench --megabytes 170 --rounds 3 --table
+    python tools/bench_preprocess.py --megatron /path/to/Megatron-LM --megabytes 170 --rounds 3 --table
 
-The corpus is human text of this machine (Python and C sources, manual pages, documentation), each document once, and at its
-end a few dozen hand-written documents of the kinds that tokenizers disagree about. Every run is a whole fresh process,
-imports included. In each round every tool runs once, each round beginning with another. What was written is compared byte
-for byte with what Megatron-LM's default tool wrote. Megatron-LM runs unmodified; its fast tool needs gigatoken and awkward
-importable. Corpus and tokenizer stay in `--work` for the next time. Without --megatron: our engines beside each other.
+The corpus is human text of this machine (Python and C sources, manual pages, documentation), each document once, and
+at its end a few dozen hand-written documents of the kinds that tokenizers disagree about. Every run is a whole fresh
+process, imports included. In each round every tool runs once, each round beginning with another. What was written is
+compared byte for byte with what Megatron-LM's default tool wrote; ours is to be equal. Megatron-LM runs unmodified; its
+fast tool needs gigatoken and awkward importable. Corpus and tokenizer stay in `--work` for the next time. Without
+--megatron: our engines beside each other. Exit code 0: every run of ours wrote the expected bytes.
 """
 
 import argparse
@@ -44,28 +45,33 @@ CLOCK = os.sysconf("SC_CLK_TCK")
 
 # What tokenizers are known to disagree about; `split` and `keep` must give Megatron's bytes on these too.
 HARD = [
-    "", " ", "\n", "\r\n\r\n \r", "\t x\t\n", " " * 3000 + "x", "x" * 20_000, "ab" * 10_000, "=" * 5_000, "1234567890" * 300,
-    "nul \0 and \x01\x1f\x7f\x85 controls", "a\u00a0b\u2003c\u3000d\u200b\u200de\ufeff", "line\u2028and\u2029paragraph",
-    "don't DON'T we'LL I'm they'Ve it'\u017ft '\u017f", "a <|endoftext|> written out", "<|endoftext|>", "<|endoftext|><|endoftext|>\n",
-    "<|im_start|>user\nhello<|im_end|>", "almost: <|endoftext| >", "cafe\u0301 A\u030a \u212b \ufb01 \u1e69 s\u0323\u0307 s\u0307\u0323",
-    "\u1100\u1161\u11a8 \uac00\u11a8 \ud55c\uad6d\uc5b4", "\u07f3\u07fd e\u07fd\u0301 e\u1adb\u0301", "e\u1add\u0301 \U0001611e\U0001611e \U00016d67\U00016d67",
-    "\U00011382\U000113c9 \U000105d2\u0307", "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f1e9\U0001f1ea",
-    "\u0e01\u0e33\u0e25\u0e31\u0e07\u0e44\u0e1b", "\u0627\u0644\u0633\u0651\u064e\u0644\u0627\u0645\u064f", "\u6f22\u5b57\u304b\u306a\uff76\uff9e",
-    "\u0301 first a mark", "\ufffd\ufffe\uffff\U0010ffff\ue000", "\u0663\u0664 \u00bd \u2167 \u00b2 \u01c5 \u02b0",
+    "", " ", "\n", "\r\n\r\n \r", "\t x\t\n", " " * 3000 + "x", "x" * 20_000, "ab" * 10_000, "=" * 5_000,
+    "1234567890" * 300, "nul \0 and \x01\x1f\x7f\x85 controls", "a\u00a0b\u2003c\u3000d\u200b\u200de\ufeff",
+    "line\u2028and\u2029paragraph", "don't DON'T we'LL I'm they'Ve it'\u017ft '\u017f",
+    "a <|endoftext|> written out", "<|endoftext|>", "<|endoftext|><|endoftext|>\n", "almost: <|endoftext| >",
+    "<|im_start|>user\nhello<|im_end|>", "cafe\u0301 A\u030a \u212b \ufb01 \u1e69 s\u0323\u0307 s\u0307\u0323",
+    "\u1100\u1161\u11a8 \uac00\u11a8 \ud55c\uad6d\uc5b4", "\u07f3\u07fd e\u07fd\u0301 e\u1adb\u0301",
+    # Newer than Python's Unicode tables, and older than a fast engine's: marks and compositions.
+    "e\u1add\u0301 \U0001611e\U0001611e \U00016d67\U00016d67", "\U00011382\U000113c9 \U000105d2\u0307",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f1e9\U0001f1ea",
+    "\u0e01\u0e33\u0e25\u0e31\u0e07\u0e44\u0e1b", "\u0627\u0644\u0633\u0651\u064e\u0644\u0627\u0645\u064f",
+    "\u6f22\u5b57\u304b\u306a\uff76\uff9e", "\u0301 first a mark", "\ufffd\ufffe\uffff\U0010ffff\ue000",
+    "\u0663\u0664 \u00bd \u2167 \u00b2 \u01c5 \u02b0",
 ]  # fmt: skip
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--megatron", type=Path, metavar="DIR", help="checkout of Megatron-LM")
-    p.add_argument("--corpus", type=Path, metavar="FILE", help=".jsonl with a text a line; default: text of this machine")
+    p.add_argument("--corpus", type=Path, metavar="FILE", help=".jsonl with key text; default: text of this machine")
     p.add_argument("--megabytes", type=float, default=170, help="of the corpus to build; default: %(default)s")
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: one like Qwen's, trained on the corpus")
     p.add_argument("--vocabulary", type=int, default=151_643, help="entries of the one to train; default: %(default)s")
     p.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes; default: 1 2")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--timeout", type=float, default=3600, help="seconds for a run; default: %(default)s")
-    p.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "boreal-bench-preprocess", metavar="DIR")
+    work = Path(tempfile.gettempdir()) / "boreal-bench-preprocess"
+    p.add_argument("--work", type=Path, default=work, metavar="DIR", help="default: %(default)s")
     p.add_argument("--json", type=Path, metavar="FILE", help="every run, machine, versions, corpus")
     p.add_argument("--table", action="store_true", help="print Markdown")
     args = p.parse_args()
@@ -98,11 +104,11 @@ def bench(args):
                 say(f"round {turn + 1} of {args.rounds}: {name}")
                 prefix = Path(folder) / f"{list(names).index(name)}-{turn}"
                 command, environment = names[name]
-                runs[name].append(measure([*command, str(prefix)], environment, args.timeout, Path(f"{prefix}_text_document")))
+                written = Path(f"{prefix}_text_document")
+                runs[name].append(measure([*command, str(prefix)], environment, args.timeout, written))
                 say("   ", one_line(runs[name][-1]))
-        compared = {
-            name: [compare(runs[reference][0], run, corpus) for run in of_name] for name, of_name in runs.items()
-        }
+        first = runs[reference][0]
+        compared = {name: [compare(first, run, corpus) for run in of_name] for name, of_name in runs.items()}
     equal = [c["equal"] for name, of_name in compared.items() if name.startswith("boreal") for c in of_name]
     return {
         "command": sys.argv,
@@ -122,8 +128,8 @@ def commands(args, corpus, tokenizer):
     if args.megatron:
         root = args.megatron.resolve()
         environment = {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        options = ["--input", str(corpus), "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
-        options += ["--append-eod"]
+        options = ["--input", str(corpus), "--append-eod"]
+        options += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
         for workers in args.workers:
             tool = [sys.executable, str(root / "tools" / "preprocess_data.py"), *options, "--workers", str(workers)]
             found[f"megatron default, {workers} w"] = [*tool, "--output-prefix"], environment
@@ -131,8 +137,9 @@ def commands(args, corpus, tokenizer):
         found["megatron fast"] = [*tool, "--output-prefix"], environment
     for engine in ("hf", "gigatoken"):
         for workers in args.workers:
-            tool = [sys.executable, "-m", "boreal_megatron", "data", "preprocess", str(corpus), "--tokenizer", str(tokenizer)]
-            tool += ["--engine", engine, "--workers", str(workers), "--special-in-text", "split", "--empty", "keep"]
+            tool = [sys.executable, "-m", "boreal_megatron", "data", "preprocess", str(corpus)]
+            tool += ["--tokenizer", str(tokenizer), "--engine", engine, "--workers", str(workers)]
+            tool += ["--special-in-text", "split", "--empty", "keep"]
             found[f"boreal {engine}, {workers} w"] = [*tool, "--json", "--out"], {}
     return found
 
@@ -146,7 +153,12 @@ def measure(command, environment, timeout, prefix):
     busy, began = _busy_seconds(), time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         memory = Memory(process.pid)
         # A hanging tool is ended with all of its processes.
@@ -212,7 +224,8 @@ class Memory(threading.Thread):
 
 def _busy_seconds():
     """CPU seconds that the whole machine has worked."""
-    user, nice, system, _, _, interrupts, soft, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+    line = Path("/proc/stat").read_text().split("\n", 1)[0]
+    user, nice, system, _idle, _waiting, interrupts, soft, *_ = map(int, line.split()[1:])
     return (user + nice + system + interrupts + soft) / CLOCK
 
 
@@ -259,7 +272,7 @@ def build_corpus(work, megabytes):
                 del kinds[kind]
                 continue
             # By lines, since licences and generated files come in many copies that differ in a name or a date.
-            lines = {zlib.adler32(line.encode()) << 32 | zlib.crc32(line.encode()) for line in text.splitlines() if len(line) >= LONG_LINE}
+            lines = {zlib.crc32(line.encode()) for line in text.splitlines() if len(line) >= LONG_LINE}
             if not lines or len(lines & seen) > MOST_SEEN * len(lines):
                 continue
             seen |= lines
@@ -280,7 +293,7 @@ def _files():
         "python": ([paths["stdlib"], *packages, "/usr/lib/python3"], (".py",)),
         "c": (["/usr/include", *packages], (".h", ".hpp", ".c", ".cpp", ".cuh")),
         "manual": (["/usr/share/man"], (".gz",)),
-        "documentation": (["/usr/share/doc", *packages], (".txt", ".md", ".rst", ".gz", ".html", "copyright", "README")),
+        "documentation": (["/usr/share/doc", *packages], (".txt", ".md", ".rst", ".gz", ".html", "README")),
     }
     found = {}
     for kind, (roots, endings) in where.items():
@@ -367,7 +380,8 @@ def _sha256(path):
 
 
 def machine():
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gb": memory / 1e9, "kernel": platform.release()}
 
@@ -389,13 +403,14 @@ def versions(megatron):
 def one_line(run):
     if run["error"]:
         return f"FAILED: {run['error'][:300]}"
-    return f"wall {run['wall_s']:.1f} s, CPU {run['cpu_s']:.1f} s, {run['peak_pss_mb']:.0f} MB, others used {run['others_cores']:.1f} cores"
+    took = f"wall {run['wall_s']:.1f} s, CPU {run['cpu_s']:.1f} s, {run['peak_pss_mb']:.0f} MB"
+    return f"{took}, others used {run['others_cores']:.1f} cores"
 
 
 def report(found, markdown):
     """Returns the table: medians with (lowest to highest), and each tool's CPU time against the reference's."""
     corpus, base = found["corpus"], found["runs"][found["reference"]]["measured"]
-    head = ["", "wall s", "CPU s", "MB/core-s", "Mtok/core-s", "peak PSS MB", "per core", "bytes", "others' cores"]
+    head = ["", "wall s", "CPU s", "MB/core-s", "Mtok/core-s", "peak PSS MB", "per core", "others' cores", "bytes"]
     rows = []
     for name, both in found["runs"].items():
         good = [run for run in both["measured"] if not run["error"]]
@@ -404,7 +419,8 @@ def report(found, markdown):
             rows.append([name, "failed: " + failed[0].splitlines()[-1][:100], *[""] * (len(head) - 2)])
             continue
         cpu = [run["cpu_s"] for run in good]
-        times = [b["cpu_s"] / run["cpu_s"] for b, run in zip(base, both["measured"]) if not (b["error"] or run["error"])]
+        rounds = zip(base, both["measured"])
+        times = [b["cpu_s"] / run["cpu_s"] for b, run in rounds if not (b["error"] or run["error"])]
         differs = next((c for c in both["compared"] if not c["equal"]), None)
         rows.append([
             name + (f" ({len(failed)} failed)" if failed else ""),
@@ -414,20 +430,23 @@ def report(found, markdown):
             _spread([run["tokens"] / 1e6 / run["cpu_s"] for run in good], 2),
             f"{max(run['peak_pss_mb'] for run in good):.0f}",
             _spread(times, 1) + "x" if times else "",
-            "equal" if differs is None else differs["why"],
             _spread([run["others_cores"] for run in good], 1),
+            "equal" if differs is None else differs["why"],
         ])  # fmt: skip
     if markdown:
         lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
     else:
         widths = [max(map(len, column)) for column in zip(head, *rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]]
-    where, kinds = found["machine"], ", ".join(f"{k} {v / 1e6:.1f}" for k, v in corpus["bytes_by_kind"].items())
+    where, tokenizer = found["machine"], found["tokenizer"]
+    kinds = ", ".join(f"{kind or 'text'} {size / 1e6:.1f}" for kind, size in corpus["bytes_by_kind"].items())
     first = [
         f"{corpus['file_bytes'] / 1e6:.1f} MB of JSONL, {corpus['documents']:,} documents (MB of text: {kinds}), "
-        f"{corpus['repeated_long_lines']:.1%} of the long lines seen before; {found['tokenizer']['entries']:,} entries, "
-        f"{found['tokenizer']['normalizer']}; {where['cpu']}, {where['cores']} cores.",
-        f"Median (lowest to highest) of {len(base)} rounds; `per core` is the CPU time of `{found['reference']}` over the row's.",
+        f"{corpus['repeated_long_lines']:.1%} of the long lines repeated; {tokenizer['entries']:,} entries, "
+        f"{tokenizer['normalizer']}; {where['cpu']}, {where['cores']} cores.",
+        f"Median (lowest to highest) of {len(base)} rounds. `per core`: the first row's CPU time over the row's. "
+        "`peak PSS`: over all processes of a run. `others' cores`: what the rest of the machine used meanwhile. "
+        "`bytes`: beside those of the first row.",
         "",
     ]
     for name, both in found["runs"].items():
