@@ -1,6 +1,9 @@
 """The `boreal data` verbs: parse, call one library function, print. Summaries go to stdout, progress to stderr."""
 
 import json
+import signal
+
+from boreal_megatron.errors import INPUT, USAGE, BorealError
 
 
 def add_parser(subparsers):
@@ -20,15 +23,62 @@ def add_parser(subparsers):
     verb.add_argument("--json-key", default="text", help="key or column of the text; default: %(default)s")
     verb.add_argument("--no-append-eod", action="store_true", help="no end-of-document token after each")
     verb.add_argument("--dry-run", action="store_true", help="say what would be done")
-    verb.add_argument("--json", action="store_true", help="machine-readable summary")
     verb.set_defaults(run=_preprocess)
+
+    verb = verbs.add_parser("prepare", help="write the indexes of a run's sources, so that training builds nothing")
+    _config_argument(verb)
+    verb.add_argument("--epochs", type=int, help="of each source; default: as many as the run will begin")
+    verb.set_defaults(run=_prepare)
+
+    verb = verbs.add_parser("blend", help="what each phase of a run reads of each source, and how often")
+    _config_argument(verb)
+    verb.set_defaults(run=_blend)
+
+    verb = verbs.add_parser("trace", help="the documents and offsets in a training step's batch, by rank")
+    verb.add_argument("step", type=int, metavar="STEP", help="counted from 1")
+    _config_argument(verb)
+    verb.add_argument("--world", type=int, default=1, help="processes of the run; default: %(default)s")
+    verb.add_argument("--rank", type=int, help="show this data-parallel rank only")
+    verb.add_argument("--tokenizer", metavar="DIR", help="show how each document begins")
+    verb.set_defaults(run=_trace)
 
     verb = verbs.add_parser("inspect", help="what a dataset holds, and whether it is sound")
     verb.add_argument("prefix", metavar="PREFIX", help="dataset without .bin/.idx")
     verb.add_argument("--document", type=int, metavar="I", help="show this document instead")
     verb.add_argument("--tokenizer", metavar="DIR", help="with --document: show it as text")
-    verb.add_argument("--json", action="store_true", help="machine-readable")
     verb.set_defaults(run=_inspect)
+
+    verb = verbs.add_parser("check", help="everything that is wrong with datasets, in one reading")
+    verb.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    verb.set_defaults(run=_check)
+
+    verb = verbs.add_parser("merge", help="join datasets, in the order given")
+    verb.add_argument("prefixes", nargs="*", metavar="PREFIX")
+    verb.add_argument("--out", metavar="PREFIX")
+    verb.add_argument("--shards", metavar="OUT", help="join what `preprocess --shard` wrote for this --out")
+    verb.set_defaults(run=_merge)
+
+    verb = verbs.add_parser("split", help="divide a dataset by documents")
+    verb.add_argument("prefix", metavar="PREFIX")
+    verb.add_argument("--into", nargs="+", required=True, metavar="OUT=SHARE", help="a fraction, a number of documents, or rest")
+    verb.add_argument("--seed", type=int, help="place documents by their hash; default: in file order")
+    verb.set_defaults(run=_split)
+
+    verb = verbs.add_parser("sample", help="a reproducible subset of the documents")
+    verb.add_argument("prefix", metavar="PREFIX")
+    verb.add_argument("--out", required=True, metavar="PREFIX")
+    size = verb.add_mutually_exclusive_group(required=True)
+    size.add_argument("--documents", type=int)
+    size.add_argument("--tokens", type=int)
+    size.add_argument("--fraction", type=float)
+    verb.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    verb.set_defaults(run=_sample)
+
+    verb = verbs.add_parser("report", help="one HTML page: lengths, tokens, sources, problems")
+    verb.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    verb.add_argument("--out", required=True, metavar="FILE.html")
+    verb.add_argument("--tokenizer", metavar="DIR", help="show tokens as text")
+    verb.set_defaults(run=_report)
 
     verb = verbs.add_parser("train-tokenizer", help="train a byte-level BPE tokenizer on text or .jsonl files")
     verb.add_argument("inputs", nargs="+", metavar="IN", help=inputs_help)
@@ -36,6 +86,27 @@ def add_parser(subparsers):
     verb.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json and tokenizer_config.json")
     verb.add_argument("--json-key", default="text", help="key of the text in a JSON object; default: %(default)s")
     verb.set_defaults(run=_train_tokenizer)
+
+    for verb in verbs.choices.values():
+        verb.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _config_argument(verb):
+    verb.add_argument("config", nargs="+", help="YAML files, merged left to right, then a.b.c=value overrides")
+
+
+def _load(words):
+    from boreal_megatron.config.load import load
+
+    return load([word for word in words if "=" not in word], [word for word in words if "=" in word])
+
+
+def _say(args, result, render):
+    print(json.dumps(result) if args.json else render(result))
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt
 
 
 def preprocess_arguments(parser):
@@ -96,6 +167,7 @@ def summary(result):
 def _preprocess(args):
     from boreal_megatron.data.tokenize import preprocess
 
+    signal.signal(signal.SIGTERM, _interrupt)  # as schedulers stop jobs
     result = preprocess(
         args.inputs,
         args.tokenizer,
@@ -105,34 +177,129 @@ def _preprocess(args):
         dry_run=args.dry_run,
         **preprocess_options(args),
     )
-    print(json.dumps(result) if args.json else summary(result))
-    return 0
+    _say(args, result, summary)
+
+
+def _prepare(args):
+    from boreal_megatron.data.prepare import prepare
+    from boreal_megatron.data.progress import Bar
+
+    bars = {}
+
+    def progress(what, done, total):
+        if what not in bars:
+            bars[what] = Bar(what, total, unit=" items").__enter__()
+        bars[what].update(done - bars[what].done)
+        if done >= total:
+            bars[what].__exit__(None, None, None)
+
+    def render(result):
+        return "\n".join(
+            f"{name}: {found['items']:,} items, {found['files']} files, {found['bytes']:,} bytes in {found['folder']}"
+            for name, found in result.items()
+        )
+
+    _say(args, prepare(_load(args.config), args.epochs, progress), render)
+
+
+def _blend(args):
+    from boreal_megatron.data import blend
+
+    config = _load(args.config)
+    value = blend.describe(config, *blend.open_sources(config, tokens=False))
+    _say(args, value, blend.render)
+    return INPUT if value["problems"] else 0
+
+
+def _trace(args):
+    from boreal_megatron.config.check import data_size
+    from boreal_megatron.data.progress import Bar
+    from boreal_megatron.data.tokenizer import Tokenizer
+    from boreal_megatron.data.trace import render, trace
+
+    config = _load(args.config)
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    with Bar("trace", None, unit=" steps") as shown:
+
+        def progress(done, total):
+            shown.total = total
+            shown.update(done - shown.done)
+
+        found = trace(config, args.step, data_size(config, args.world), tokenizer=tokenizer, progress=progress)
+    _say(args, found, lambda found: render(found, args.rank))
+
+
+def _check(args):
+    from boreal_megatron.data.inspect import check, render_check
+
+    result = check(args.prefixes)
+    _say(args, result, render_check)
+    return INPUT if result["problems"] else 0
+
+
+def _merge(args):
+    from boreal_megatron.data.merge import merge, merge_shards, render
+
+    if bool(args.shards) == bool(args.prefixes and args.out):
+        raise BorealError("merge: Expected: either data sets and --out, or --shards alone.", USAGE)
+    if args.shards:
+        _say(args, merge_shards(args.shards), lambda results: "\n".join(map(render, results)))
+    else:
+        _say(args, merge(args.prefixes, args.out), render)
+
+
+def _split(args):
+    from boreal_megatron.data.subset import render, split
+
+    shares = {}
+    for word in args.into:
+        out, _, share = word.rpartition("=")
+        try:
+            shares[out] = None if share == "rest" else float(share) if "." in share else int(share)
+        except ValueError:
+            raise BorealError(f"--into {word}: Expected: OUT=0.99, OUT=1000 or OUT=rest.", USAGE) from None
+    _say(args, split(args.prefix, shares, args.seed), render)
+
+
+def _sample(args):
+    from boreal_megatron.data.subset import render, sample
+
+    size = {"documents": args.documents, "tokens": args.tokens, "fraction": args.fraction}
+    _say(args, sample(args.prefix, args.out, seed=args.seed, **size), render)
+
+
+def _report(args):
+    from boreal_megatron.data.report import render, report
+    from boreal_megatron.data.tokenizer import Tokenizer
+
+    result = report(args.prefixes, args.out, Tokenizer.load(args.tokenizer) if args.tokenizer else None)
+    _say(args, result, render)
+    return INPUT if result["problems"] else 0
 
 
 def _inspect(args):
     from boreal_megatron.data.inspect import document, inspect, render
 
     if args.document is None:
-        report = inspect(args.prefix)
-        print(json.dumps(report) if args.json else render(report))
-        return 1 if report["problems"] else 0
+        report = inspect(args.prefix, progress=True)
+        _say(args, report, render)
+        return INPUT if report["problems"] else 0
     from boreal_megatron.data.tokenizer import Tokenizer
 
     found = document(args.prefix, args.document, Tokenizer.load(args.tokenizer) if args.tokenizer else None)
-    if args.json:
-        print(json.dumps(found))
-    else:
-        ids = " ".join(map(str, found["ids"])) + (" ..." if found["tokens"] > len(found["ids"]) else "")
-        print(f"document {found['document']}: {found['tokens']:,} tokens: {ids}")
-        if "text" in found:
-            print(found["text"])
-    return 0
+    _say(args, found, _shown_document)
+
+
+def _shown_document(found):
+    ids = " ".join(map(str, found["ids"])) + (" ..." if found["tokens"] > len(found["ids"]) else "")
+    lines = [f"document {found['document']}: {found['tokens']:,} tokens: {ids}"]
+    return "\n".join(lines + ([found["text"]] if "text" in found else []))
 
 
 def _train_tokenizer(args):
     from boreal_megatron.data.tokenize import iter_texts
     from boreal_megatron.data.tokenizer import train_bpe
 
-    tokenizer = train_bpe(iter_texts(args.inputs, args.json_key), args.vocab_size, args.out)
-    print(f"{args.out}/tokenizer.json: {tokenizer.vocab_size:,} entries, {tokenizer.eod_token} is id {tokenizer.eod}")
-    return 0
+    made = train_bpe(iter_texts(args.inputs, args.json_key), args.vocab_size, args.out)
+    result = {"folder": args.out, "vocab_size": made.vocab_size, "eod": made.eod, "eod_token": made.eod_token}
+    _say(args, result, lambda r: f"{args.out}/tokenizer.json: {made.vocab_size:,} entries, {made.eod_token} is id {made.eod}")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from boreal_megatron import parallel
 from boreal_megatron.config import check, phases
+from boreal_megatron.data import blend
 from boreal_megatron.data.dataset import Loader, check_tokenizer
 from boreal_megatron.log import Reporter, megatron_line
 from boreal_megatron.model import kernels, router
@@ -44,7 +45,7 @@ def run(config, mesh, loader, resume_drill):
     chunks, wrapped, optimizer, state = checkpoint.begin(config, mesh, loader, resumed)
     plan = phases.spans(config.phases)
     report = Reporter(config.checkpoint.folder, mesh.last_rank, plan[-1].end_step, state.step)
-    announce(report, config, mesh, chunks[0].kernels, plan, state, resumed, passed_over, rehearsed)
+    announce(report, config, mesh, loader, chunks[0].kernels, plan, state, resumed, passed_over, rehearsed)
     signals = Signals()
     saver = checkpoint.Saver(config, mesh, report, resumed)
     first_step, validation, began = state.step, None, time.perf_counter()
@@ -125,8 +126,8 @@ def run(config, mesh, loader, resume_drill):
     return summary
 
 
-def announce(report, config, mesh, choices, plan, state, resumed, passed_over, rehearsed):
-    """What is about to happen: sizes, layout, kernels, phases in both units, what was rehearsed, where it goes on."""
+def announce(report, config, mesh, loader, choices, plan, state, resumed, passed_over, rehearsed):
+    """What is about to happen: sizes, layout, kernels, phases in both units, data, what was rehearsed, where it goes on."""
     cut, size = config.parallel, params.count(config.model)
     report.say(
         f" BOREAL {config.model.pattern} | {size['with_mtp']:,} parameters, {size['active']:,} active | "
@@ -142,6 +143,8 @@ def announce(report, config, mesh, choices, plan, state, resumed, passed_over, r
             f" phase {span.phase.name}: {span.steps} steps, {span.end_raw_token - span.first_raw_token:,} raw tokens, "
             f"{span.steps * span.phase.positions_per_step:,} positions (planned, full bags)"
         )
+    for line in blend.render(loader.blend).splitlines():
+        report.say(f" {line}")
     if warning := parallel.restart_hazard():
         report.say(f" warning: {warning}")
     for problem in passed_over:

@@ -438,7 +438,7 @@ def test_inspect_finds_what_is_wrong(prefix):
     problems = "\n".join(report["problems"])
     assert "1 ids outside 0 to 399" in problems and "the bin disagrees" in problems
     assert "1 end-of-document ids that are not" in problems and "1 documents do not end" in problems
-    assert "PROBLEM" in render(report) and run_cli(["data", "inspect", str(prefix)]) == 1
+    assert "PROBLEM" in render(report) and run_cli(["data", "inspect", str(prefix)]) == 3
 
 
 def test_inspect_without_meta(tmp_path):
@@ -464,7 +464,7 @@ def run_cli(words):
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers())
     args = parser.parse_args(words)
-    return args.run(args)
+    return args.run(args) or 0
 
 
 def test_command_line(tmp_path, capsys):
