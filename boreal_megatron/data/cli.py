@@ -167,16 +167,19 @@ def summary(result):
 def _preprocess(args):
     from boreal_megatron.data.tokenize import preprocess
 
-    signal.signal(signal.SIGTERM, _interrupt)  # as schedulers stop jobs
-    result = preprocess(
-        args.inputs,
-        args.tokenizer,
-        args.out,
-        json_key=args.json_key,
-        append_eod=not args.no_append_eod,
-        dry_run=args.dry_run,
-        **preprocess_options(args),
-    )
+    before = signal.signal(signal.SIGTERM, _interrupt)  # as schedulers stop jobs
+    try:
+        result = preprocess(
+            args.inputs,
+            args.tokenizer,
+            args.out,
+            json_key=args.json_key,
+            append_eod=not args.no_append_eod,
+            dry_run=args.dry_run,
+            **preprocess_options(args),
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _say(args, result, summary)
 
 

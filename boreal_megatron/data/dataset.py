@@ -6,7 +6,6 @@ imported with the first Loader: `trace.py` opens the same sources without it.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections import defaultdict
 from functools import partial
@@ -172,9 +171,8 @@ def _check_tokenizers(config):
                 f"'{name}' ({prefix}) has a vocabulary of {meta['vocab_size']}; expected at most "
                 f"{config.model.vocab_size} (model.vocab_size): raise it, or tokenize again"
             )
-    tokenizer = Path(config.data.tokenizer) / "tokenizer.json"
-    if used and tokenizer.is_file():
-        used[hashlib.sha256(tokenizer.read_bytes()).hexdigest()].append("data.tokenizer")
+    if used and Path(config.data.tokenizer).is_dir():
+        used[Tokenizer.load(config.data.tokenizer).fingerprint].append("data.tokenizer")
     if len(used) > 1:
         groups = "; ".join(f"{sha[:12]} by {', '.join(names)}" for sha, names in used.items())
         problems.append(f"different tokenizers are used: {groups}; expected one: tokenize the odd ones again")

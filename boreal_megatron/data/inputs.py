@@ -77,7 +77,8 @@ class Document(NamedTuple):
 
     `offset` is the byte of its first character in the (unpacked) file, the number of its row in Parquet; `line` counts
     from 1 at the start of the range; `raw` is what the file holds there, kept only for a bad one; `key` is the value
-    under the id key, if one was asked for.
+    under the id key, if one was asked for. With neither text nor reason it only tells the line that a range ends with,
+    a blank one.
     """
 
     file: int
@@ -280,17 +281,20 @@ def documents(inputs, piece, json_key, id_key=None):
 
 
 def _json_documents(entry, piece, json_key, id_key):
-    line, offset = 0, piece.start
+    line, offset, blank = 0, piece.start, False
     for raw in _lines(entry, piece):
         line += 1
         if isinstance(raw, Damaged):
             yield Document(piece.file, line, offset, None, str(raw), raw.last)
             return
         body = raw.removeprefix(BOM) if offset == 0 else raw
-        if body.strip():  # a blank line holds nothing
+        blank = not body.strip()  # holds nothing
+        if not blank:
             text, reason, key = text_of(body, json_key, id_key)
             yield Document(piece.file, line, offset, text, reason, raw if reason else b"", key)
         offset += len(raw) + 1
+    if blank:
+        yield Document(piece.file, line, offset, None)
 
 
 def _lines(entry, piece):
@@ -331,11 +335,11 @@ def _parquet_documents(entry, piece, json_key, id_key):
     from pyarrow.parquet import ParquetFile
 
     columns = [json_key] + ([id_key] if id_key else [])
-    with ParquetFile(entry.path) as table:
+    with ParquetFile(entry.path, buffer_size=1 << 20) as table:  # pages as they are needed, not whole row groups
         row = sum(table.metadata.row_group(g).num_rows for g in range(piece.start))
         line = 0
         try:
-            for batch in table.iter_batches(256, row_groups=range(piece.start, piece.end), columns=columns):
+            for batch in table.iter_batches(32, row_groups=range(piece.start, piece.end), columns=columns):
                 keys = batch.column(id_key) if id_key in batch.schema.names else [None] * len(batch)
                 for value, key in zip(batch.column(json_key), keys, strict=True):
                     line += 1

@@ -113,10 +113,10 @@ class _Work:
                 lines.append(0)
                 for batch in _batches(found):
                     lines[-1] = batch[-1].line
-                    before = self.tokens
+                    before = self.tokens, len(self.bad)
                     out.write(self.encode(batch, place))
                     done = min(self.text_bytes, part.size)
-                    self.say((done - said, self.tokens - before, len(self.bad)))
+                    self.say((done - said, self.tokens - before[0], len(self.bad) - before[1]))
                     said = done
                     if self.bad and self.job.stop_at_bad:
                         out.discard()
@@ -141,6 +141,8 @@ class _Work:
         good, seen = [], len(self.bad)
         for document in batch:
             reason = document.reason
+            if document.text is None and reason is None:
+                continue
             if reason in ("empty text", "empty file") and self.options.empty == "keep":
                 document, reason = document._replace(text="", reason=None), None
             marks = self.specials.found(document.text) if reason is None else []
@@ -570,4 +572,5 @@ def iter_texts(given, json_key="text"):
                         f"{files.beginning(document.raw)}\nExpected: text in UTF-8. Correct it or leave it out, and run again.",
                         INPUT,
                     )
-                yield document.text
+                if document.text is not None:
+                    yield document.text

@@ -146,3 +146,20 @@ def test_no_verb_imports_torch(config, corpus, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_job_array_and_its_merge_make_one_runs_bytes(tmp_path, corpus):
+    """The Slurm example, with Slurm's variables set by hand; parts are 16 MB, so the inputs are three large files."""
+    for name in "abc":
+        line = json.dumps({"text": name + (STDLIB / "argparse.py").read_text()}) + "\n"
+        (tmp_path / f"{name}.jsonl").write_text(line * (9_000_000 // len(line)))
+    (tmp_path / "boreal").write_text(f"#!/bin/sh\nexec {sys.executable} -m boreal_megatron \"$@\"\n")
+    (tmp_path / "boreal").chmod(0o755)
+    given = [tmp_path / "out", corpus["tokenizer"], f"{tmp_path}/*.jsonl"]
+    for task in range(2):
+        env = {**os.environ, "BOREAL": str(tmp_path / "boreal"), "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
+        subprocess.run(["bash", "examples/slurm/preprocess.sbatch", *map(str, given)], cwd=ROOT, env=env, check=True)
+    assert boreal("merge", "--shards", tmp_path / "out") == 0
+    assert boreal("preprocess", given[2], "--tokenizer", corpus["tokenizer"], "--out", tmp_path / "whole") == 0
+    for ending in (".bin", ".idx", ".provenance.npy"):
+        assert (tmp_path / f"out_text_document{ending}").read_bytes() == (tmp_path / f"whole_text_document{ending}").read_bytes()

@@ -176,8 +176,11 @@ def test_pieces_give_the_ids_of_the_whole(folders, monkeypatch):
 def test_a_place_where_the_ids_would_change_is_not_cut(monkeypatch):
     monkeypatch.setattr(engines, "PIECE_CHARACTERS", 100)
     text = "word after word " * 100
-    whole = lambda texts: [np.array([len(t)]) for t in texts]  # noqa: E731: a tokenizer that splits nowhere
-    assert pieces(text, whole) == [text]
+
+    def never_splits(texts):
+        return [np.array([len(t)]) for t in texts]
+
+    assert pieces(text, never_splits) == [text]
 
 
 # --- sentencepiece ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from boreal_megatron.convert import export as export_module
 from boreal_megatron.convert.export import export
 from boreal_megatron.convert.importer import import_hf
 from boreal_megatron.data.tokenizer import train_bpe
-from boreal_megatron.errors import BorealError, ProblemsError
+from boreal_megatron.errors import BorealError
 from boreal_megatron.train import store
 from safetensors.torch import load_file, save_file
 from tests.support.networks import random_weights, tiny

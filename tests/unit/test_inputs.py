@@ -236,6 +236,16 @@ def test_a_dry_run_writes_nothing(tmp_path, folder):  # noqa: F811
     assert about["parts"] == 1 and about["dtype"] == "uint16" and [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_lines_are_counted_over_parts_with_blank_lines(tmp_path, folder, monkeypatch, workers):  # noqa: F811
+    monkeypatch.setattr(inputs, "SMALLEST_PART", 40)
+    lines = [('{"text": "good"}' if n % 3 else "") if n % 10 else "{bad" for n in range(60)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    made = run([tmp_path / "in.jsonl"], folder, tmp_path / "out", on_bad="skip", workers=workers)
+    assert made["parts"] > 10
+    assert [int(bad.split(":")[1]) for bad in made["skipped_first"]] == [n + 1 for n in range(0, 60, 10)]
+
+
 @pytest.mark.slow
 def test_a_hundred_megabytes_in_one_document(tmp_path, folder):  # noqa: F811
     """Memory stays under 200 MB and eight times the document, with the reference, which takes ninety times in one go."""
