@@ -57,7 +57,8 @@ def run(rank, world, cases, folder):
             prepare(case)
         dist.barrier()
         with FAULTS[case["fault"]](), recorded(case["out"]):
-            loop.train(load(case["config"][:1], case["config"][1:]), world=world)
+            # Without threads what a rank reads is recorded step by step.
+            loop.train(load(case["config"][:1], [*case["config"][1:], "data.prefetch_workers=0"]), world=world)
         parallel.stop()
         gc.collect()  # with the process groups go gloo's threads
         if rank == 0:
