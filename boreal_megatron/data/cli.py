@@ -60,7 +60,8 @@ def add_parser(subparsers):
 
     verb = verbs.add_parser("split", help="divide a dataset by documents")
     verb.add_argument("prefix", metavar="PREFIX")
-    verb.add_argument("--into", nargs="+", required=True, metavar="OUT=SHARE", help="a fraction, a number of documents, or rest")
+    shares = "a fraction, a number of documents, or rest"
+    verb.add_argument("--into", nargs="+", required=True, metavar="OUT=SHARE", help=shares)
     verb.add_argument("--seed", type=int, help="place documents by their hash; default: in file order")
     verb.set_defaults(run=_split)
 
@@ -113,21 +114,46 @@ def preprocess_arguments(parser):
     """Adds the options of preprocessing that Megatron's tool does not have."""
     add = parser.add_argument
     add("--workers", type=int, help="processes; default: one for each core; the output is the same")
-    add("--engine", choices=("auto", "hf", "gigatoken", "sentencepiece"), default="auto", help="auto: gigatoken where it is installed and exact, else hf or sentencepiece")
-    add("--compare", type=int, default=100, metavar="N", help="documents to encode with the tokenizer's own library too; default: %(default)s")
-    add("--special-in-text", choices=("encode", "split", "error"), default="encode", help="special tokens written out in a text stay text, become tokens as in Megatron-LM, or are an error; default: %(default)s")
-    add("--empty", choices=("skip", "keep"), default="skip", help="documents without text; keep as Megatron-LM does; default: %(default)s")
+    add(
+        "--engine", choices=("auto", "hf", "gigatoken", "sentencepiece"), default="auto",
+        help="auto: gigatoken where it is installed and exact, else hf or sentencepiece",
+    )  # fmt: skip
+    add(
+        "--compare", type=int, default=100, metavar="N",
+        help="documents to encode with the tokenizer's own library too; default: %(default)s",
+    )  # fmt: skip
+    add(
+        "--special-in-text", choices=("encode", "split", "error"), default="encode",
+        help="special tokens written out in a text stay text, become tokens as in Megatron-LM, or are an error; "
+        "default: %(default)s",
+    )  # fmt: skip
+    add(
+        "--empty", choices=("skip", "keep"), default="skip",
+        help="documents without text; keep as Megatron-LM does; default: %(default)s",
+    )  # fmt: skip
     add("--id-key", metavar="KEY", help="key or column of an id that must not repeat")
-    add("--on-bad", choices=("fail", "skip", "quarantine"), default="fail", help="at a bad document; quarantine keeps its bytes; default: %(default)s")
-    add("--max-bad", type=_share, default=0.001, metavar="SHARE", help="more bad ones than this (0.1%%, 0.001) and more than 20 are an error; default: 0.1%%")
-    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="only the I-th of N stretches, from 0; `boreal data merge --shards` joins them")
+    add(
+        "--on-bad", choices=("fail", "skip", "quarantine"), default="fail",
+        help="at a bad document; quarantine keeps its bytes; default: %(default)s",
+    )  # fmt: skip
+    add(
+        "--max-bad", type=_share, default=0.001, metavar="SHARE",
+        help="more bad ones than this (0.1%%, 0.001) and more than 20 are an error; default: 0.1%%",
+    )  # fmt: skip
+    add(
+        "--shard", type=_shard, default=(0, 1), metavar="I/N",
+        help="only the I-th of N stretches, from 0; `boreal data merge --shards` joins them",
+    )  # fmt: skip
     add("--tst-bag", type=int, metavar="K", help="also write how many bags of K tokens there are")
-    add("--tst-boundaries", choices=("flat", "align", "drop_tail"), default="flat", help="where bags end; default: %(default)s")
+    add(
+        "--tst-boundaries", choices=("flat", "align", "drop_tail"), default="flat",
+        help="where bags end; default: %(default)s",
+    )  # fmt: skip
 
 
 def preprocess_options(args):
     """Returns the arguments of `preprocess` that `preprocess_arguments` asked for."""
-    names = ("workers", "engine", "compare", "empty", "id_key", "on_bad", "max_bad", "shard", "tst_bag", "tst_boundaries")
+    names = "workers engine compare empty id_key on_bad max_bad shard tst_bag tst_boundaries".split()
     return {"special": args.special_in_text, **{name: getattr(args, name) for name in names}}
 
 
@@ -148,12 +174,17 @@ def summary(result):
     lines = [
         f"{result['prefix']}.bin: {result['documents']:,} documents, {result['tokens']:,} tokens of {result['dtype']} "
         f"({result['text_bytes'] / max(result['tokens'], 1):.2f} bytes of text a token)",
-        f"{result['input_bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s, {result['megabytes_per_second']:.2f} MB/s, by {engine['name']} {engine['version']} ({engine['reason']})"
-        + (f"; {result['resumed_parts']} of {result['parts']} parts were done before" if result["resumed_parts"] else ""),
+        f"{result['input_bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s, {result['megabytes_per_second']:.2f} MB/s, "
+        f"by {engine['name']} {engine['version']} ({engine['reason']})",
     ]
+    if result["resumed_parts"]:
+        lines.append(f"{result['resumed_parts']} of {result['parts']} parts were done before")
     if result["special_documents"]:
         how = "as text" if result["special"] == "encode" else "as tokens"
-        lines.append(f"{result['special_documents']:,} documents have special tokens written out, taken {how}: {result['prefix']}.special.jsonl")
+        lines.append(
+            f"{result['special_documents']:,} documents have special tokens written out, taken {how}: "
+            f"{result['prefix']}.special.jsonl"
+        )
     if result["skipped"]:
         total = sum(result["skipped"].values())
         reasons = ", ".join(f"{count:,} x {reason}" for reason, count in result["skipped"].items())
@@ -305,4 +336,5 @@ def _train_tokenizer(args):
 
     made = train_bpe(iter_texts(args.inputs, args.json_key), args.vocab_size, args.out)
     result = {"folder": args.out, "vocab_size": made.vocab_size, "eod": made.eod, "eod_token": made.eod_token}
-    _say(args, result, lambda r: f"{args.out}/tokenizer.json: {made.vocab_size:,} entries, {made.eod_token} is id {made.eod}")
+    line = f"{args.out}/tokenizer.json: {made.vocab_size:,} entries, {made.eod_token} is id {made.eod}"
+    _say(args, result, lambda _: line)

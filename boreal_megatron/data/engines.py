@@ -3,9 +3,9 @@
 The reference is what the model's users will run: Hugging Face `tokenizers`, or SentencePiece for a folder that has only
 a `tokenizer.model`. gigatoken is an order of magnitude faster. It is used only where it gives the same ids:
 
-    tokens that are looked for before the text is split, written out in the text    left to the reference
-    text that is not in the tokenizer's Unicode form (NFC)                           left to the reference
-    every other text                                                                gigatoken, which then normalises nothing
+    text in which special or other added tokens are written out    the reference
+    text that is not in the tokenizer's Unicode form, NFC          the reference
+    every other text                                               gigatoken, which then normalises nothing
 
 Two Unicode tables of different age disagree about what NFC is; a text that is in NFC already is one that neither
 changes. Beyond that the two agree on every assigned character and on random text (tests/unit/test_engines.py has a
@@ -33,26 +33,35 @@ SPECIAL = ("encode", "split", "error")
 GIGATOKEN = "0.10."  # the versions that this was found with
 CACHE_BYTES = 96 << 20  # gigatoken's cache of words never shrinks; it is loaded anew when it has grown so much
 # A text longer than this is encoded in pieces: the reference takes some ninety bytes for each of the text's.
-PIECE_CHARACTERS = 1 << 18
+PIECE_CHARACTERS = 1 << 17
 AROUND = 500  # characters on either side of a cut that are encoded both ways
 CUT = re.compile(r"[a-z](?= [a-z])")  # a word ends and the next begins: every pattern in use splits here
 COMPARED_CHARACTERS = 1000  # of a document that is compared
 # What tokenizers have been seen to disagree about.
 TRICKY = (
-    "", " ", "\n", "\t\t  x", "a  b   c    d", "  \n\n  \r\n\r\r\n x\n", "x \n\n\n y", "don't DON'T we'LL I'm they'Ve 'ſ 'S",
-    "1234567890 3.14159 1,000,000", "a\u00a0b\u2003c\u3000d\u200b\u200de", "\0\x01\x1f\x7f\x85\ufeff\uffff", "🙂🏽👩‍👩‍👧‍👦🇨🇦", "a" * 500,
-    "=" * 300 + "\n" + "-" * 30, "ab " * 200, "\n" * 200 + "x", " " * 200 + "x", "naïve Ελλάδα 漢字かな 한국어 ไทย العربية हिन्दी",
-    "e\u0301 a\u0327\u0301 \u1100\u1161\u11a8 \u07f3\u07fd", "...!!!???;;;::: --> <== /* */ // ##", "l'été d'Été L'ÉTÉ", "x²³ ½ Ⅷ ٣",
+    "", " ", "\n", "\t\t  x", "a  b   c    d", "  \n\n  \r\n\r\r\n x\n", "x \n\n\n y",
+    "don't DON'T we'LL I'm they'Ve 'ſ 'S", "1234567890 3.14159 1,000,000", "a\u00a0b\u2003c\u3000d\u200b\u200de",
+    "\0\x01\x1f\x7f\x85\ufeff\uffff", "🙂🏽👩‍👩‍👧‍👦🇨🇦", "a" * 500, "=" * 300 + "\n" + "-" * 30, "ab " * 200,
+    "\n" * 200 + "x", " " * 200 + "x", "naïve Ελλάδα 漢字かな 한국어 ไทย العربية हिन्दी",
+    "e\u0301 a\u0327\u0301 \u1100\u1161\u11a8 \u07f3\u07fd", "...!!!???;;;::: --> <== /* */ // ##",
+    "l'été d'Été L'ÉTÉ", "x²³ ½ Ⅷ ٣",
     "e\u1add\u0301 \U0001611e\U0001611e \U00016d67\U00016d67 \U00011382\U000113c9",
 )  # fmt: skip
 
 
 class Reference:
-    """Encodes with the tokenizer's own library."""
+    """Encodes with the tokenizer's own library.
+
+    Args:
+        tokenizer: Tokenizer.
+        special: how special tokens in the text are taken.
+    """
 
     def __init__(self, tokenizer, special):
         self.tokenizer = tokenizer
         self.tokenizer.specials_are_text = special != "split"
+        self.name = "hf" if tokenizer.library == "tokenizers" else "sentencepiece"
+        self.version = importlib.metadata.version(tokenizer.library)
 
     def encode(self, texts):
         """Returns a list of id arrays, one for each text."""
@@ -75,6 +84,8 @@ class Gigatoken:
     """
 
     def __init__(self, tokenizer, special):
+        self.name, self.version = "gigatoken", importlib.metadata.version("gigatoken")
+        self.tokenizer = tokenizer
         self.reference = Reference(tokenizer, special)
         self.added = Marks(tokenizer.added_tokens)
         content = json.loads(tokenizer.serialized)
@@ -134,49 +145,54 @@ class Marks:
 
 
 def choose(name, tokenizer, special):
-    """Returns (engine's name, its version, why it was chosen).
+    """Returns (engine, why it was chosen).
+
+    Args:
+        name: one of ENGINES.
 
     Raises:
         BorealError: an engine asked for by name is missing, or cannot encode for this tokenizer.
     """
-    native = "hf" if tokenizer.library == "tokenizers" else "sentencepiece"
-    if name in ("hf", "sentencepiece") and name != native:
+    reference = Reference(tokenizer, special)
+    if name in ("hf", "sentencepiece") and name != reference.name:
         raise BorealError(
-            f"--engine {name}: {tokenizer.folder} is read by {tokenizer.library}. Expected: auto or {native}. "
+            f"--engine {name}: {tokenizer.folder} is read by {tokenizer.library}. Expected: auto or {reference.name}. "
             f"{name} needs a {'tokenizer.json' if name == 'hf' else 'tokenizer.model and no tokenizer.json'}.",
             USAGE,
         )
-    why_not = None if name == native else _why_not_gigatoken(tokenizer, special, native)
-    if name == native or (name == "auto" and why_not):
-        return native, importlib.metadata.version(tokenizer.library), why_not or "asked for"
-    if why_not:
-        raise BorealError(f"--engine gigatoken: {why_not}. Expected: auto or {native}.", USAGE)
-    reason = "asked for" if name == "gigatoken" else "installed, and agrees with the tokenizer's own library"
-    return "gigatoken", importlib.metadata.version("gigatoken"), reason
+    if name == reference.name:
+        return reference, "asked for"
+    fast, why_not = _gigatoken(tokenizer, special)
+    if fast is not None:
+        return fast, "asked for" if name == "gigatoken" else "installed, and agrees with the tokenizer's own library"
+    if name == "gigatoken":
+        raise BorealError(f"--engine gigatoken: {why_not}. Expected: auto or {reference.name}.", USAGE)
+    return reference, why_not
 
 
 def make(name, tokenizer, special):
-    """Returns the engine that `choose` chose."""
+    """Returns the engine of a name that `choose` chose."""
     return Gigatoken(tokenizer, special) if name == "gigatoken" else Reference(tokenizer, special)
 
 
-def _why_not_gigatoken(tokenizer, special, native):
-    if native == "sentencepiece":
-        return "gigatoken is used for a tokenizer.json only"
+def _gigatoken(tokenizer, special):
+    """Returns (engine, None) if it can stand in for the reference, else (None, why not)."""
+    if tokenizer.library != "tokenizers":
+        return None, "gigatoken is used for a tokenizer.json only"
     try:
         version = importlib.metadata.version("gigatoken")
     except importlib.metadata.PackageNotFoundError:
-        return "gigatoken is not installed (pip install 'boreal-megatron[data]')"
+        return None, "gigatoken is not installed (pip install 'boreal-megatron[data]')"
     if not version.startswith(GIGATOKEN):
-        return f"gigatoken {version} is not known; {GIGATOKEN}* is"
+        return None, f"gigatoken {version} is not known; {GIGATOKEN}* is"
     try:
         engine = Gigatoken(tokenizer, special)
     except Exception as error:  # it raises RuntimeError, ValueError and others for what it does not know
-        return f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
+        return None, f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
     for text in TRICKY:
         if not np.array_equal(engine.encode([text])[0], engine.reference.encode([text])[0]):
-            return f"gigatoken encodes {text[:40]!r} otherwise than the tokenizer's own library"
-    return None
+            return None, f"gigatoken encodes {text[:40]!r} otherwise than the tokenizer's own library"
+    return engine, None
 
 
 def _is_nfc(normalizer):

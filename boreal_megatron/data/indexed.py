@@ -88,7 +88,7 @@ def index_pieces(dtype, lengths, empty_has_sequence=True):
         dtype: of the ids.
         lengths: a function without arguments that returns an iterator over int arrays, the tokens of the documents in
             order; it is called four times.
-        empty_has_sequence: whether a document without tokens has one; in what Megatron's preprocessing writes it has none.
+        empty_has_sequence: whether a document without tokens has one; in Megatron's preprocessing it has none.
     """
 
     def has_sequence(part):
@@ -98,13 +98,14 @@ def index_pieces(dtype, lengths, empty_has_sequence=True):
     for part in lengths():
         if part.size and part.max() > MAX_DOCUMENT_TOKENS:
             raise BorealError(
-                f"a document of {part.max():,} tokens; the format holds at most {MAX_DOCUMENT_TOKENS:,} in one. Split it."
+                f"a document of {part.max():,} tokens; the format holds at most {MAX_DOCUMENT_TOKENS:,} in one. "
+                "Split it."
             )
         sequences, documents = sequences + int(has_sequence(part).sum()), documents + len(part)
     if documents > MAX_DOCUMENTS:
         raise BorealError(
-            f"{documents:,} documents in one data set. Expected: at most {MAX_DOCUMENTS:,}, which Megatron's readers count "
-            "in 32 bits. Write several data sets, and blend them."
+            f"{documents:,} documents in one data set. Expected: at most {MAX_DOCUMENTS:,}, which Megatron's readers "
+            "count in 32 bits. Write several data sets, and blend them."
         )
     yield HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[np.dtype(dtype)], sequences, documents + 1)
     for part in lengths():

@@ -111,7 +111,9 @@ def find_inputs(given, keys):
             try:
                 inputs.append(_input(path))
                 problem = _unfit(inputs[-1], keys)
-                if path == name and not inputs[-1].size:  # among others, an empty file is merely a bad document, or no line
+                if (
+                    path == name and not inputs[-1].size
+                ):  # among others, an empty file is merely a bad document, or no line
                     problem = f"{name}: empty, 0 bytes; expected text; leave it out or write it again"
             except OSError as error:
                 problem = f"{path}: cannot be looked at: {error.strerror}; leave it out or mend it"
@@ -187,9 +189,12 @@ def _unfit_columns(path, keys):
     types = pyarrow.types
     for column in keys:
         if column not in schema.names:
-            return f"{path}: no column {column!r}; it has {', '.join(schema.names)}; name another with --json-key or --id-key"
+            names = ", ".join(schema.names)
+            return f"{path}: no column {column!r}; it has {names}; name another with --json-key or --id-key"
     kind = schema.field(keys[0]).type
-    if not any(is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)):
+    if not any(
+        is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    ):
         return f"{path}: column {keys[0]!r} holds {kind}; expected text; name another with --json-key"
     return None
 
@@ -277,7 +282,9 @@ def documents(inputs, piece, json_key, id_key=None):
         read = {"json": _json_documents, "text": _text_documents, "parquet": _parquet_documents}[entry.kind]
         yield from read(entry, piece, json_key, id_key)
     except OSError as error:
-        raise BorealError(f"{entry.path}: cannot be read: {error.strerror}. Check the disk, and run again.", INPUT) from error
+        raise BorealError(
+            f"{entry.path}: cannot be read: {error.strerror}. Check the disk, and run again.", INPUT
+        ) from error
 
 
 def _json_documents(entry, piece, json_key, id_key):

@@ -30,7 +30,10 @@ from boreal_megatron.errors import INTERRUPTED, USAGE, BorealError
 
 TABLE = np.dtype([("length", "<i4"), ("file", "<i4"), ("offset", "<i8"), ("id", "S16")])
 # In the order in which they get their names: with the .idx everything else is there.
-ENDINGS = (".bin", ".provenance.npy", ".bags.npy", ".special.jsonl", ".quarantine.jsonl", ".quarantine.raw", ".meta.json", ".idx")  # fmt: skip
+ENDINGS = (
+    ".bin", ".provenance.npy", ".bags.npy", ".special.jsonl", ".quarantine.jsonl", ".quarantine.raw", ".meta.json",
+    ".idx",
+)  # fmt: skip
 SELECTED = (".weights.npy", ".bins.npy")  # made by data selection, of the documents that were here before
 STDIN_FILE = "stdin.jsonl"  # what came in, so that it can be cut and read again
 COPY_BYTES = 8 << 20
@@ -102,7 +105,7 @@ class Parts:
         """Makes and locks the folder.
 
         Raises:
-            BorealError: another process has it; it cannot be made; selection side-cars of an earlier data set are there.
+            BorealError: another process has it; it cannot be made; an earlier data set's selection side-cars are there.
         """
         stale = [f"{self.prefix}{ending}" for ending in SELECTED if Path(f"{self.prefix}{ending}").exists()]
         if stale:
@@ -211,7 +214,8 @@ class Parts:
         found = os.fstat(self._out.fileno()).st_size
         if found < size:
             raise BorealError(
-                f"{path}: {found:,} bytes. Expected: at least {size:,}, as the journal says. Begin anew: rm -r {self.folder}"
+                f"{path}: {found:,} bytes. Expected: at least {size:,}, as the journal says. "
+                f"Begin anew: rm -r {self.folder}"
             )
         self._out.truncate(size)
         while block := self._out.read(COPY_BYTES):
@@ -332,7 +336,9 @@ class Parts:
             sha256 = {".bin": self.sha256.hexdigest()}
             files = {
                 ".provenance.npy": lambda: _npy(PROVENANCE, documents, (_provenance(table) for table in self.tables())),
-                ".idx": lambda: index_pieces(self.dtype, lambda: (table["length"] for table in self.tables()), empty_has_sequence=False),
+                ".idx": lambda: index_pieces(
+                    self.dtype, lambda: (table["length"] for table in self.tables()), empty_has_sequence=False
+                ),
                 **sidecars,
             }
             if bag_size:
@@ -431,5 +437,9 @@ def _difference(found, wanted):
             continue
         before, now = {i[0]: i for i in found[key]}, {i[0]: i for i in wanted[key]}
         changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
-        words.append(f"{len(changed):,} inputs came, went or changed, such as {sorted(changed)[0]}" if changed else "the order of the inputs")
+        words.append(
+            f"{len(changed):,} inputs came, went or changed, such as {sorted(changed)[0]}"
+            if changed
+            else "the order of the inputs"
+        )
     return "; ".join(words) or "its format"

@@ -228,7 +228,9 @@ class SentencePieceTokenizer:
             raise BorealError(f"{path}: not a SentencePiece model: {error}. Copy the file again.") from None
         self.eod = self._backend.eos_id()
         if self.eod < 0:
-            raise BorealError(f"{path}: has no end-of-sentence symbol. Expected: one, to end documents. Train it with eos_id.")
+            raise BorealError(
+                f"{path}: has no end-of-sentence symbol. Expected: one, to end documents. Train it with eos_id."
+            )
         self.eod_token = self._backend.id_to_piece(self.eod)
 
     @cached_property

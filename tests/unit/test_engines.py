@@ -100,7 +100,8 @@ def test_the_cache_is_given_back(folders, monkeypatch):
 
 def test_choice_says_why(folders, tmp_path, monkeypatch):
     tokenizer = Tokenizer.load(folders["plain"])
-    assert choose("hf", tokenizer, "encode")[::2] == ("hf", "asked for")
+    engine, why = choose("hf", tokenizer, "encode")
+    assert (engine.name, why) == ("hf", "asked for")
     with pytest.raises(BorealError, match="needs a tokenizer.model") as error:
         choose("sentencepiece", tokenizer, "encode")
     assert error.value.code == USAGE
@@ -111,12 +112,12 @@ def test_choice_says_why(folders, tmp_path, monkeypatch):
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(content | change))
         changed = Tokenizer.load(tmp_path)
-        name, _, reason = choose("auto", changed, "encode")
-        assert name == "hf" and (why in reason or "not installed" in reason)
+        engine, reason = choose("auto", changed, "encode")
+        assert engine.name == "hf" and (why in reason or "not installed" in reason)
         with pytest.raises(BorealError, match="--engine gigatoken: "):
             choose("gigatoken", changed, "encode")
     monkeypatch.setattr(engines, "GIGATOKEN", "0.9.")
-    assert choose("auto", tokenizer, "encode")[0] == "hf"
+    assert choose("auto", tokenizer, "encode")[0].name == "hf"
 
 
 @gigatoken

@@ -10,6 +10,8 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.unit.test_preprocess import DOCUMENTS, ROOT, folder, jsonl, outputs, run, tokenizer  # noqa: F401
 
 from boreal_megatron.data import inputs
@@ -234,6 +236,41 @@ def test_shards_are_one_run_cut(tmp_path, folder, monkeypatch):  # noqa: F811
 def test_a_dry_run_writes_nothing(tmp_path, folder):  # noqa: F811
     about = run([jsonl(tmp_path / "in.jsonl", DOCUMENTS)], folder, tmp_path / "out", dry_run=True)
     assert about["parts"] == 1 and about["dtype"] == "uint16" and [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+LINES_OF_ALL_KINDS = st.one_of(
+    st.binary(max_size=30),
+    st.text(max_size=30).map(lambda text: json.dumps({"text": text}).encode()),
+    st.text(max_size=30).map(lambda text: json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "surrogatepass")),
+    st.sampled_from([b"", b"{}", b'{"text": 1}', b'{"text": "a"', b"[]", b'{"text": NaN}', b" \t", b'{"text": "\xff"}']),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(LINES_OF_ALL_KINDS, max_size=12))
+def test_every_line_becomes_a_document_or_is_named(folder, tokenizer, tmp_path_factory, lines):  # noqa: F811
+    """Whatever the bytes: no line is lost, none is read twice, and what gave no document is kept byte for byte."""
+    tmp_path = tmp_path_factory.mktemp("fuzz")
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) or b"\n")
+    lines = b"\n".join(lines).split(b"\n")  # a line of random bytes may be several
+    texts, bad = [], []
+    for line in filter(bytes.strip, lines):
+        try:
+            text = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())["text"]
+            assert text and text.encode()
+            texts.append(text)
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+            bad.append(line)
+    try:
+        made = run([tmp_path / "in.jsonl"], folder, tmp_path / "out", on_bad="quarantine", max_bad=1, engine="hf")
+    except BorealError as error:
+        assert not texts and "no documents" in str(error)
+        return
+    data = IndexedReader(made["prefix"])
+    assert [data.document(i).tolist() for i in range(len(data))] == [[*tokenizer.encode(t), tokenizer.eod] for t in texts]
+    kept = tmp_path / "out_text_document.quarantine.raw"
+    assert (kept.read_bytes() if kept.exists() else b"") == b"".join(line + b"\n" for line in bad)
+    assert sum(made["skipped"].values()) == len(bad)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
