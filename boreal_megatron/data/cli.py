@@ -113,7 +113,7 @@ def _interrupt(number, frame):
 def preprocess_arguments(parser):
     """Adds the options of preprocessing that Megatron's tool does not have."""
     add = parser.add_argument
-    add("--workers", type=int, help="processes; default: one for each core; the output is the same")
+    add("--workers", type=int, help="processes; default: one for each core, fewer for little text; the output is the same")
     add(
         "--engine", choices=("auto", "hf", "gigatoken", "sentencepiece"), default="auto",
         help="auto: gigatoken where it is installed and exact, else hf or sentencepiece",

@@ -36,6 +36,7 @@ from boreal_megatron.data.tokenizer import Tokenizer
 from boreal_megatron.data.work import BATCH_BYTES, Job, Options
 from boreal_megatron.errors import INPUT, USAGE, BorealError, ProblemsError
 
+FAST_SHARE = 256 << 20  # bytes for each worker of the fast engine, where their number is not given
 ON_BAD = ("fail", "skip", "quarantine")
 EMPTY = ("skip", "keep")
 BOUNDARIES = ("flat", "align", "drop_tail")
@@ -52,7 +53,7 @@ def preprocess(
             the first and the last also `.gz`, `.zst`, `.bz2` and `.xz`. "-" alone: JSON lines from standard input.
         tokenizer_dir: folder with a `tokenizer.json` or a `tokenizer.model`.
         out: beginning of the output's name; files of an earlier run are replaced once the new ones are whole.
-        workers: processes; all cores by default. The output does not depend on it.
+        workers: processes; by default as many as there are cores and work for. The output does not depend on it.
         on_bad: "fail" stops at the first bad document, "skip" counts and lists them, "quarantine" also keeps them.
         max_bad: share of bad documents from which on "skip" and "quarantine" fail too; up to 20 are always allowed.
         compare: about how many documents are encoded by the reference too, where a faster engine is used.
@@ -91,7 +92,9 @@ def preprocess(
                 USAGE,
             )
         total = sum(part.size for part in mine)
-        workers = min(workers or _cores(), len(mine))
+        # A process takes seconds to load a large tokenizer, in which the fast engine does its share by itself.
+        useful = len(mine) if engine.name != "gigatoken" else -(-total // FAST_SHARE)
+        workers = min(workers or min(_cores(), useful), len(mine))
         job = {
             "tokenizer_sha256": tokenizer.fingerprint,
             "engine": {"name": engine.name, "version": engine.version},
