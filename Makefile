@@ -6,8 +6,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := quickstart-run
-# A file's tests share what they set up, so they stay in one process.
-WORKERS := -n 2 --dist loadfile
+# A file's tests share what they set up, so they stay in one process; files of few long tests do not wait for the end.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-all clean
 

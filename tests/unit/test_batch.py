@@ -10,6 +10,7 @@ from boreal_megatron.config.schema import Attention, Checkpoint, Config, Data, G
 from boreal_megatron.data import batch
 from boreal_megatron.data.dataset import Loader
 from boreal_megatron.data.indexed import IndexedWriter
+from boreal_megatron.data.tokenizer import train_bpe
 from boreal_megatron.data.sampler import Ledger
 from boreal_megatron.data.source import Source
 from boreal_megatron.errors import BorealError
@@ -198,6 +199,6 @@ def test_sidecars_must_agree(tmp_path):
     with pytest.raises(BorealError, match=r"(?s)2 problems.*'b' .* vocabulary of 1001.*1{12} by 'a'; 2{12} by 'b'"):
         Loader(config(prefixes), 0, 1, "cpu")
     note("b", "1" * 64, 1000)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    train_bpe(["a few words"], 257, tmp_path)
     with pytest.raises(BorealError, match="by data.tokenizer"):
         Loader(config(prefixes, tokenizer=str(tmp_path)), 0, 1, "cpu")

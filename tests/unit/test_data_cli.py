@@ -90,6 +90,13 @@ def test_merge_split_sample_check_report(corpus, tmp_path, capsys):
     split = json.loads(capsys.readouterr().out)
     assert boreal("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "ab") == 0
     assert f"{split['documents']:,} documents" in capsys.readouterr().out
+    (tmp_path / "parts").mkdir()
+    for name in ("a", "b"):
+        for ending in (".bin", ".idx"):
+            os.link(tmp_path / f"{name}{ending}", tmp_path / "parts" / f"{name}{ending}")
+    command = [sys.executable, ROOT / "tools/merge_datasets.py", "--input", tmp_path / "parts", "--output-prefix", tmp_path / "tool"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    assert (tmp_path / "tool.bin").read_bytes() == (tmp_path / "ab.bin").read_bytes()
     assert boreal("sample", tmp_path / "ab", "--out", tmp_path / "few", "--documents", 5, "--seed", 3) == 0
     assert boreal("check", tmp_path / "ab", tmp_path / "few", "--json") == 0
     capsys.readouterr()
@@ -157,8 +164,8 @@ def test_a_job_array_and_its_merge_make_one_runs_bytes(tmp_path, corpus):
     (tmp_path / "boreal").chmod(0o755)
     given = [tmp_path / "out", corpus["tokenizer"], f"{tmp_path}/*.jsonl"]
     for task in range(2):
-        env = {**os.environ, "BOREAL": str(tmp_path / "boreal"), "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
-        subprocess.run(["bash", "examples/slurm/preprocess.sbatch", *map(str, given)], cwd=ROOT, env=env, check=True)
+        env = {**os.environ, "BOREAL": str(tmp_path / "boreal"), "SLURM_ARRAY_TASK_ID": str(task)}
+        subprocess.run(["bash", "examples/slurm/preprocess.sbatch", "2", *map(str, given)], cwd=ROOT, env=env, check=True)
     assert boreal("merge", "--shards", tmp_path / "out") == 0
     assert boreal("preprocess", given[2], "--tokenizer", corpus["tokenizer"], "--out", tmp_path / "whole") == 0
     for ending in (".bin", ".idx", ".provenance.npy"):
