@@ -353,10 +353,11 @@ class Parts:
                 "documents": documents, "tokens": tokens, "bin_sha256": sha256[".bin"], "idx_sha256": sha256[".idx"]
             }  # fmt: skip
             self._write("final.meta.json", [(json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode()])
-            os.replace(self._out.name, self.folder / "final.bin")
             flush(self.folder)
-            endings = [ending for ending in ENDINGS if (self.folder / f"final{ending}").exists()]
-            write_atomically(self.folder / "publish", json.dumps(endings))
+            # The joined ids keep their name until this is on the disk: a stop before it joins nothing anew.
+            staged = {".bin": Path(self._out.name).name}
+            staged |= {e: f"final{e}" for e in ENDINGS if (self.folder / f"final{e}").exists()}
+            write_atomically(self.folder / "publish", json.dumps(staged))
         return self._rename()
 
     def _write(self, name, pieces):
@@ -375,20 +376,20 @@ class Parts:
 
     def _rename(self):
         """Gives the finished files their names, the index last; may be done again after a stop in between."""
-        endings = json.loads((self.folder / "publish").read_text())
+        staged = json.loads((self.folder / "publish").read_text())
         with write_errors(self.prefix):
-            if (self.folder / "final.idx").exists():
+            if (self.folder / staged[".idx"]).exists():
                 # An old index must not meet the new tokens, not even for a moment.
                 idx_path(self.prefix).unlink(missing_ok=True)
                 for ending in ENDINGS:
-                    if ending not in endings:
+                    if ending not in staged:
                         Path(f"{self.prefix}{ending}").unlink(missing_ok=True)
                 flush(self.prefix.parent)
-            for ending in endings:
-                if (staged := self.folder / f"final{ending}").exists():
+            for ending in (ending for ending in ENDINGS if ending in staged):
+                if (path := self.folder / staged[ending]).exists():
                     if ending == ".idx":
                         flush(self.prefix.parent)
-                    os.replace(staged, f"{self.prefix}{ending}")
+                    os.replace(path, f"{self.prefix}{ending}")
             flush(self.prefix.parent)
         meta = json.loads(Path(f"{self.prefix}.meta.json").read_text(encoding="utf-8"))
         self.records = {}

@@ -185,6 +185,39 @@ def test_only_what_is_missing_is_done_again(tmp_path, source, tokenizer, monkeyp
     assert outputs(tmp_path / "out") == outputs(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("options", [{}, {"id_key": "id"}])
+def test_a_stop_just_before_or_among_the_last_renames(tmp_path, source, tokenizer, monkeypatch, options):
+    """With and without documents left out, for which the ids are copied once more."""
+    common = {"workers": 1, "progress": False, "on_bad": "skip", "engine": "hf", **options}
+    preprocess([source], tokenizer, tmp_path / "whole", **common)
+    monkeypatch.setattr(inputs, "SMALLEST_PART", 3_000)
+    monkeypatch.setattr(parts, "FLUSH_BYTES", 20_000)
+    write, rename = parts.write_atomically, os.replace
+
+    def stop_at_publish(path, text):
+        if path.name == "publish":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    def stop_at_the_index(old, new):
+        if str(new).endswith("document.idx"):
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    monkeypatch.setattr(parts, "write_atomically", stop_at_publish)
+    with pytest.raises(BorealError, match="interrupted"):
+        preprocess([source], tokenizer, tmp_path / "out", **common)
+    monkeypatch.setattr(parts, "write_atomically", write)
+    monkeypatch.setattr(os, "replace", stop_at_the_index)
+    with pytest.raises(BorealError, match="interrupted"):
+        preprocess([source], tokenizer, tmp_path / "out", **common)
+    monkeypatch.setattr(os, "replace", rename)
+    made = preprocess([source], tokenizer, tmp_path / "out", **common)
+    assert made["resumed_parts"] == made["parts"] > 5
+    ours, theirs = outputs(tmp_path / "out"), outputs(tmp_path / "whole")
+    assert all(ours[ending] == theirs[ending] for ending in (".bin", ".idx", ".provenance.npy"))
+
+
 def test_another_job_does_not_go_on_with_it(tmp_path, source, tokenizer):
     process = launch(source, tokenizer, tmp_path / "run" / "out", kill_at=200) if (tmp_path / "run").mkdir() is None else None
     process.communicate(timeout=60)
