@@ -57,7 +57,7 @@ class Row:
             recompute=config.recompute,
             triton=kernels[0] and "torch" not in (rule, others),
             cuda=kernels[1],
-            imbalance=imbalance,
+            imbalance=imbalance if config.parallel.expert > 1 else 1.0,
         )
 
     @property

@@ -1,8 +1,8 @@
 """Bytes of every rank of a run, from its description alone. No torch.
 
 Weights, gradients and optimizer state are exact (`shards.py`), activations follow the code tensor by tensor
-(`activations.py`), what lies outside of tensors is assumed (`ASSUMED`). Kept activations add up over the micro-batches
-that a pipeline schedule has in flight; the fullest moment is looked for along the schedule.
+(`activations.py`), what lies outside of tensors is assumed (`reserved`). Kept activations add up over the micro-batches
+that the pipeline schedule has in flight; the fullest moment is looked for along the schedule.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,28 @@ from boreal_megatron.plan import activations, shards
 
 GIB = 2**30
 KIND = {"*": "attention", "G": "gdn", "-": "dense", "E": "moe"}
+
+# Assumptions, not measured here: what lies on a GPU besides the tensors that are counted.
+IMBALANCE = 1.25  # what the busiest rank's experts get, over the mean; exactly 1 where a rank has all experts
+LIBRARIES = 3 * GIB // 2  # CUDA context, kernels, cuBLAS workspaces
+COMMUNICATOR = GIB // 2  # NCCL's buffers of one process group of several ranks
+FRAGMENTS = 0.05  # of the activations: what torch's allocator has and cannot give
+
+EXPLAIN = f"""\
+Bytes of the fullest rank of each pipeline stage, in the phase that needs most; GiB of 2^30 bytes.
+  weights, gradients, optimizer   exact, megatron-core's padding included: FP32 gradients and moments, an FP32 master of
+                     bf16 weights; optimizer.distributed shards the state over the data-parallel ranks
+  activations        what autograd keeps of one micro-batch, tensor by tensor, by kind of half-block; `ends` are embedding,
+                     rotary table and final norm, `losses` the gradients of hidden states, computed with the loss
+  in flight          micro-batches whose backward pass is still to come at the fullest moment (1F1B; interleaved: a chunk
+                     counts as its share), with what a stage received and sent
+  alive besides      then, while some half-block's gradients or the logits are computed
+  buffers            sequence parallelism's gathered input, which stays
+~ assumed            kernels: Triton's on CUDA, also where fla or flash_qla run; a document a window
+  ~ imbalance        --imbalance, positions of the busiest rank's experts over the mean
+  ~ logits           Triton's loss takes its budget of {activations.LOSS_BUDGET / 1e6:.0f} MB, or all rows where they are less
+  ~ reserved         {LIBRARIES / GIB:.1f} GiB CUDA context and libraries, {COMMUNICATOR / GIB:.1f} GiB a process group (NCCL), and
+                     {FRAGMENTS:.0%} of the activations lost to fragmentation"""
 
 
 class Chunk(NamedTuple):
@@ -26,7 +48,7 @@ class Chunk(NamedTuple):
         return sum(self.kinds.values())
 
 
-def per_rank(config, world, *, imbalance=1.0, kernels=activations.CUDA):
+def per_rank(config, world, *, imbalance=IMBALANCE, kernels=activations.CUDA):
     """Bytes of the fullest rank of each pipeline stage, in the phase that needs most.
 
     Args:
@@ -37,8 +59,8 @@ def per_rank(config, world, *, imbalance=1.0, kernels=activations.CUDA):
     Returns:
         dict for JSON: `world`, `phase`, `imbalance`, and for each pipeline rank in `stages` {"layers": a string per
         virtual stage, "weights", "gradients", "optimizer", "activations": {kind: bytes that a micro-batch keeps},
-        "in_flight": micro-batches kept at most (a chunk counts as its share), "temporary": bytes besides at the fullest
-        moment, "peak": of all activations then, "reserved": outside of tensors, assumed, "total"}.
+        "in_flight": how many of them are kept at the fullest moment (a chunk counts as its share), "kept": their bytes,
+        "temporary": bytes alive besides, "peak": both together, "buffers", "reserved" (assumed), "total"}.
 
     Raises:
         ProblemsError: of the configuration.
@@ -64,23 +86,40 @@ def _phase(config, world, phase, imbalance, kernels):
     stages = []
     for rank, (held, cut) in enumerate(zip(shards.held(config, world), shards.chunks(config), strict=True)):
         chunks = [_chunk(row, *chunk) for chunk in cut]
-        peak, in_flight = fullest(chunks, row.cut, rank, count, row.stream, row.e)
-        kinds = {kind: sum(c.kinds.get(kind, 0) for c in chunks) for kind in dict.fromkeys(k for c in chunks for k in c.kinds)}
-        reserved = 3 * GIB
-        state = {"weights": held["weights"], "gradients": held["gradients"], "optimizer": held["optimizer"][1]}
+        peak, kept, in_flight = fullest(chunks, row, rank, count)
+        kinds = {}
+        for kind, size in (item for chunk in chunks for item in chunk.kinds.items()):
+            kinds[kind] = kinds.get(kind, 0) + size
+        parts = {
+            "weights": held["weights"],
+            "gradients": held["gradients"],
+            "optimizer": held["optimizer"][1],
+            "peak": peak,
+            "buffers": row.whole if config.parallel.sequence_parallel else 0,
+            "reserved": reserved(config, world) + int(FRAGMENTS * peak),
+        }
         stages.append(
             {
                 "layers": [letters for letters, _, _ in cut],
-                **state,
                 "activations": kinds,
                 "in_flight": in_flight,
-                "temporary": peak - round(in_flight * sum(kinds.values())),
-                "peak": peak,
-                "reserved": reserved,
-                "total": sum(state.values()) + peak + reserved,
+                "kept": kept,
+                "temporary": peak - kept,
+                **parts,
+                "total": sum(parts.values()),
             }
         )
-    return {"world": world, "phase": phase.name, "imbalance": imbalance, "stages": stages}
+    return {"world": world, "phase": phase.name, "imbalance": row.imbalance, "stages": stages}
+
+
+def reserved(config, world):
+    """Assumed bytes outside of tensors, without what fragments."""
+    cut = config.parallel
+    stage = world // cut.pipeline
+    groups = [world, cut.tensor, cut.pipeline, cut.context, stage // cut.tensor]
+    if config.model.moe:
+        groups += [cut.expert, cut.expert_tensor, stage // (cut.expert * cut.expert_tensor)]
+    return LIBRARIES + COMMUNICATOR * sum(size > 1 for size in groups)
 
 
 def _chunk(row, letters, first, last):
@@ -99,7 +138,7 @@ def _chunk(row, letters, first, last):
     if first:
         keep("ends", activations.embedding(row))
         moment(activations.embedding_passing(row))
-    if row.recompute == "full":  # inputs of half-blocks stay until the last of them is done
+    if row.recompute == "full":  # the inputs of all half-blocks stay until the last of them is done
         for letter in letters:
             keep(KIND[letter], activations.kept(row, letter))
     for letter in letters:
@@ -116,34 +155,34 @@ def _chunk(row, letters, first, last):
     return Chunk(kinds, most)
 
 
-def fullest(chunks, cut, rank, count, stream, e):
-    """(bytes, micro-batches kept) at the fullest moment of a pipeline rank's schedule: 1F1B, interleaved with several
-    chunks.
+def fullest(chunks, row, rank, count):
+    """(bytes, bytes kept, micro-batches kept) at the fullest moment of a pipeline rank's schedule of `count` of them.
 
-    A stage also keeps what it received and what it sent: megatron-core's lists of inputs and outputs.
+    1F1B, interleaved where there are several chunks: `warmup` forward passes, then one forward and one backward in turn
+    (megatron-core's pipeline_parallel/schedules.py). A stage also keeps what it received and what it sent on.
     """
-    if cut.pipeline == 1:
-        return chunks[0].fullest, 1
+    stages = row.cut.pipeline
+    if stages == 1:
+        return chunks[0].fullest, chunks[0].kept, 1
     beside = []
     for number in range(len(chunks)):
-        first = rank == number == 0
-        last = rank == cut.pipeline - 1 and number == len(chunks) - 1
-        beside.append(stream * ((not first and e < activations.FLOAT) + (not last)))
-    order = [n % (cut.pipeline * len(chunks)) // cut.pipeline for n in range(count * len(chunks))]
-    warmup = cut.pipeline - rank - 1
+        received = not rank == number == 0 and row.e < activations.FLOAT  # in FP32 the first norm keeps it anyway
+        sent = not (rank == stages - 1 and number == len(chunks) - 1)
+        beside.append(row.stream * (received + sent))
+    order = [n // stages % len(chunks) for n in range(count * len(chunks))]
+    warmup = stages - rank - 1
     if len(chunks) > 1:
-        warmup = 2 * warmup + (len(chunks) - 1) * cut.pipeline
+        warmup = 2 * warmup + (len(chunks) - 1) * stages
     warmup = min(warmup, len(order))
-    alive, most, flight, ahead, back = 0, 0, 0, list(order), [len(chunks) - 1 - number for number in order]
     passes = [True] * warmup + [True, False] * (len(order) - warmup) + [False] * warmup
-    held = 0
-    for forward in passes:
-        number = (ahead if forward else back).pop(0)
-        mine = chunks[number].kept + beside[number]
-        if forward:
-            alive, held = alive + mine, held + 1
-        most = max(most, alive - chunks[number].kept + chunks[number].fullest)
-        flight = max(flight, held)
-        if not forward:
-            alive, held = alive - mine, held - 1
-    return most, flight / len(chunks)
+    forward, backward = iter(order), (len(chunks) - 1 - number for number in order)
+    alive, flight, most = 0, 0, (0, 0, 0)
+    for ahead in passes:
+        number = next(forward if ahead else backward)
+        size = chunks[number].kept + beside[number]
+        if ahead:
+            alive, flight = alive + size, flight + 1
+        most = max(most, (alive - chunks[number].kept + chunks[number].fullest, alive, flight / len(chunks)))
+        if not ahead:
+            alive, flight = alive - size, flight - 1
+    return most

@@ -1,19 +1,20 @@
-"""Runs training steps and writes down the most bytes of tensors that were alive, on each rank.
+"""The most bytes of tensors that are alive during a training step, on every rank of a real run.
 
-    torchrun .. -m tests.support.memory_worker PLAN.json OUT
+    python -m tests.support.memory_worker WORLD PLAN.json OUT
 
-PLAN.json: a list of configurations as dicts, of runs on as many ranks as there are processes. OUT.RANK becomes a list:
-for each configuration, and each of its phases, {"peak": bytes alive at most, "kept": {layer: bytes that its forward
-pass left alive}} beyond what was there before the step. What is counted is storages, as torch's dispatcher returns
-them, once each, whichever tensors share them; what a kernel allocates and frees inside is not seen.
+PLAN.json: a list of configurations as dicts, of runs on WORLD ranks, which are gloo processes, forks of one that has
+imported everything. OUT.NUMBER.RANK becomes what `measure` returns of configuration NUMBER.
+
+What is counted is storages as torch's dispatcher returns them, once each, whichever tensors share them. What a CPU
+kernel allocates and frees inside is not seen.
 """
 
 import gc
 import json
-import os
 import sys
 import weakref
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,10 +23,10 @@ from boreal_megatron import parallel
 from boreal_megatron.config import schema
 from boreal_megatron.data import batch
 from boreal_megatron.log import quiet
-from boreal_megatron.model import boreal
-from boreal_megatron.model import gated_attention
+from boreal_megatron.model import boreal, gated_attention
 from boreal_megatron.model import router as router_module
 from boreal_megatron.train import optim, step
+from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -71,7 +72,11 @@ def batches(config, phase, count, context):
 
 
 def measure(config, mesh):
-    """[{"peak", "kept"}] of each phase, on this rank: the second step, when what is made once is there."""
+    """Two steps of every phase on this rank; the second one's bytes, beyond what was there before it.
+
+    Returns:
+        list of {"peak": bytes alive at most, "kept": {half-block: bytes that its forward pass left alive}}.
+    """
     chunks = boreal.build(config, mesh)
     even_routes(chunks)
     wrapped = optim.wrap(config, chunks)
@@ -128,20 +133,23 @@ def unseen(*sizes, make=gated_attention.causal_lower_right):
         return make(*sizes)
 
 
-def main(plan, out):
-    quiet()
+def rank_of(number, world, plan, out):
     gated_attention.causal_lower_right = unseen
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    results = []
-    for number, values in enumerate(json.loads(open(plan).read())):
+    for turn, values in enumerate(plan):
         config = schema.Config.model_validate(values)
-        store = dist.FileStore(f"{out}.store.{number}", world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        results.append(measure(config, parallel.start(config.parallel, config.seed)))
+        store = dist.FileStore(f"{out}.store.{turn}", world)
+        dist.init_process_group("gloo", store=store, rank=number, world_size=world)
+        found = measure(config, parallel.start(config.parallel, config.seed))
+        Path(f"{out}.{turn}.{number}").write_text(json.dumps(found))
         parallel.stop()
-        gc.collect()
-    with open(f"{out}.{rank}", "w") as file:
-        json.dump(results, file)
+        gc.collect()  # with the process groups go gloo's threads
+
+
+def main(world, plan, out):
+    quiet()
+    gc.freeze()
+    arguments = (int(world), json.loads(Path(plan).read_text()), out)
+    start_processes(rank_of, arguments, int(world), start_method="fork")
 
 
 if __name__ == "__main__":
