@@ -177,16 +177,26 @@ def deltanet_inside(row):
     return deltanet_triton(row) if row.triton else deltanet_torch(row)
 
 
+def rule(row):
+    """(positions, H, HV, K) of the delta rule: across context-parallel ranks by heads, the whole row and fewer heads."""
+    H, HV, K = row.gdn()
+    cp = row.cut.context if row.cut.context_deltanet == "heads" else 1
+    return row.T * cp, H // cp, HV // cp, K
+
+
 def chunks(row):
     """Chunks of the Triton kernels at most: each document has a short one."""
-    return min(row.T, row.T // CHUNK + row.documents)
+    positions = rule(row)[0]
+    return min(positions, positions // CHUNK + row.documents)
 
 
 def deltanet_triton(row):
-    H, HV, K = row.gdn()
-    T, e, n = row.T, row.e, chunks(row)
+    T, H, HV, K = rule(row)
+    e, n = row.e, chunks(row)
     cp, mode = row.cut.context, row.cut.context_deltanet
-    passes = 2 if cp > 1 and mode == "state" else 1  # from zero, for what the chunk does to a state; then from that state
+    passes = (
+        2 if cp > 1 and mode == "state" else 1
+    )  # from zero, for what the chunk does to a state; then from that state
     return {
         "q, k, v, z, b, a": projected(row),
         "v": e * T * HV * K,
@@ -202,8 +212,9 @@ def deltanet_triton(row):
 
 
 def deltanet_torch(row):
-    H, HV, K = row.gdn()
-    T, C = row.T, TORCH_CHUNK
+    """Without the second pass over the rule that `context_deltanet: state` makes."""
+    T, H, HV, K = rule(row)
+    C = TORCH_CHUNK
     n = -(-T // C)
     L, taps = n * C, row.model.gdn.conv_width
     keys, values, channels = H * K, HV * K, (2 * H + HV) * K
@@ -275,7 +286,8 @@ def passing(row, letter):
         made = sum(everything(row, letter).values()) + row.stream
         again = made - (row.stream if row.e == FLOAT else 0)  # the norm's input there is what was kept
     elif row.recompute == "selective":
-        again = sum(inside(row, letter).values()) - sum(inputs(row, letter).values())
+        made, there = inside(row, letter), inputs(row, letter)
+        again = sum(size for name, size in made.items() if name not in there) + MADE_AGAIN[letter](row)
     gathered = row.whole if row.cut.sequence_parallel else 0
     return again + row.stream + gathered + PASSING[letter](row)
 
@@ -290,14 +302,14 @@ def attention_passing(row):
 
 
 def deltanet_passing(row):
-    H, HV, K = row.gdn()
-    T, e, h, n = row.T, row.e, row.model.hidden_size, chunks(row)
+    T, H, HV, K = rule(row)
+    e, h, n = row.e, row.model.hidden_size, chunks(row)
     values = T * HV * K
     if not row.triton:
         return gate(row, values, h)
     states = 2 * e * n * HV * K * K  # entering each chunk, and their gradients
-    rule = states + e * n * CHUNK * HV * (K + CHUNK) + e * values + 2 * e * T * H * K + 2 * e * T * HV
-    return max(2 * e * values, e * values + e * HV * K * h, rule)
+    kernel = states + e * n * CHUNK * HV * (K + CHUNK) + e * values + 2 * e * T * H * K + 2 * e * T * HV
+    return max(2 * e * values, e * values + e * values // row.T * h, kernel)
 
 
 def dense_passing(row):
@@ -311,6 +323,12 @@ def moe_passing(row):
     return 3 * row.e * row.routed * row.model.hidden_size + row.whole
 
 
+MADE_AGAIN = {  # by `selective`: the output a second time, and its gradient, which is held meanwhile
+    "*": lambda row: 0,  # the gate behind it needs more
+    "G": lambda row: 2 * row.e * row.T * row.gdn()[1] * row.gdn()[2],
+    "-": lambda row: 0,
+    "E": lambda row: 2 * row.stream,
+}
 PASSING = {"*": attention_passing, "G": deltanet_passing, "-": dense_passing, "E": moe_passing}
 
 

@@ -30,7 +30,8 @@ Bytes of the fullest rank of each pipeline stage, in the phase that needs most; 
                      counts as its share), with what a stage received and sent
   alive besides      then, while some half-block's gradients or the logits are computed
   buffers            sequence parallelism's gathered input, which stays
-~ assumed            kernels: Triton's on CUDA, also where fla or flash_qla run; a document a window
+~ assumed            kernels: Triton's on CUDA, also where fla or flash_qla run (the plain torch rule is counted too, but
+                     for its second pass over a row that context-parallel ranks share by state); a document a window
   ~ imbalance        --imbalance, positions of the busiest rank's experts over the mean
   ~ logits           Triton's loss takes its budget of {activations.LOSS_BUDGET / 1e6:.0f} MB, or all rows where they are less
   ~ reserved         {LIBRARIES / GIB:.1f} GiB CUDA context and libraries, {COMMUNICATOR / GIB:.1f} GiB a process group (NCCL), and

@@ -61,7 +61,11 @@ def planned_and_measured(cases, folder):
 
 
 def assert_close(found):
-    wrong = [f"{name}, rank {rank}: {mine / real - 1:+.1%}" for name, rank, mine, real in found if abs(mine / real - 1) > 0.05]
+    wrong = [
+        f"{name}, rank {rank}: {mine / real - 1:+.1%}"
+        for name, rank, mine, real in found
+        if abs(mine / real - 1) > 0.05
+    ]
     assert not wrong, wrong
 
 
