@@ -237,14 +237,6 @@ def deltanet_torch(row):
     }
 
 
-def dense_outside(row):
-    return {}
-
-
-def dense_inside(row):
-    return {}
-
-
 def mlp(row, positions, width, name=""):
     """SwiGLU: fc1, silu of one half, a copy of the other (megatron-core adds an offset to it), the product."""
     one = row.e * positions * width

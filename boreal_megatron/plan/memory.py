@@ -67,7 +67,8 @@ def per_rank(config, world, *, imbalance=IMBALANCE, kernels=activations.CUDA):
         ProblemsError: of the configuration.
     """
     check(config, world)
-    found = [_phase(config, world, phase, imbalance, kernels) for phase in config.phases]
+    held = shards.held(config, world)
+    found = [_phase(config, world, phase, held, imbalance, kernels) for phase in config.phases]
     return max(found, key=needed)
 
 
@@ -81,20 +82,20 @@ def fits(config, world, gpu, **options):
     return needed(per_rank(config, world, **options)) <= gpu.memory_gib * GIB
 
 
-def _phase(config, world, phase, imbalance, kernels):
+def _phase(config, world, phase, held, imbalance, kernels):
     row = activations.Row.of(config, phase, kernels, imbalance)
     count = phase.windows_per_step() // config.micro_batch // data_size(config, world)
     stages = []
-    for rank, (held, cut) in enumerate(zip(shards.held(config, world), shards.chunks(config), strict=True)):
+    for rank, (state, cut) in enumerate(zip(held, shards.chunks(config), strict=True)):
         chunks = [_chunk(row, *chunk) for chunk in cut]
         peak, kept, in_flight = fullest(chunks, row, rank, count)
         kinds = {}
         for kind, size in (item for chunk in chunks for item in chunk.kinds.items()):
             kinds[kind] = kinds.get(kind, 0) + size
         parts = {
-            "weights": held["weights"],
-            "gradients": held["gradients"],
-            "optimizer": held["optimizer"][1],
+            "weights": state["weights"],
+            "gradients": state["gradients"],
+            "optimizer": state["optimizer"][1],
             "peak": peak,
             "buffers": row.whole if config.parallel.sequence_parallel else 0,
             "reserved": reserved(config, world) + int(FRAGMENTS * peak),

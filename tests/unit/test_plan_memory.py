@@ -234,6 +234,8 @@ def test_answers(capsys, tmp_path):
     assert found["left"] < 0 and found["phase"] == "context" and 1 <= len(found["nearest"]) <= 3
     for choice in found["nearest"]:
         assert memory.fits(fit.changed(config, choice["change"]), 256, h100), choice
+    tiny = fit.answer(config, 256, h100.model_copy(update={"memory_gib": 8.0}), "tiny")
+    assert len(tiny["nearest"]) == 1 and tiny["left"] < tiny["nearest"][0]["left"] < 0  # the nearest there is
     alone = ten_billion("parallel.expert=1")
     more = memory.per_rank(alone, 256)["stages"][0]
     less = memory.per_rank(config, 256)["stages"][0]
