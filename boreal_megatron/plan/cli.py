@@ -33,7 +33,9 @@ def add_parser(verbs):
     p.add_argument("--world", type=positive, required=True, metavar="N", help="number of GPUs")
     p.add_argument("--gpu", default="h100", metavar="NAME", help="default: h100; others: h200, those of --hardware")
     p.add_argument("--hardware", metavar="FILE", help="a YAML file with more GPUs, see plan/hardware.yaml")
-    p.add_argument("--imbalance", type=at_least_one, metavar="Q", help="load of the busiest rank's experts over the mean")
+    p.add_argument(
+        "--imbalance", type=at_least_one, metavar="Q", help="load of the busiest rank's experts over the mean"
+    )
     answer_arguments(p)
     p.set_defaults(run=plan_memory)
 

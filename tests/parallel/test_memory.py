@@ -33,6 +33,7 @@ SLOW = {
     "tensor, sequence, selective": ("*-GE*-", SEQUENCE | {"expert": 2}, 1, {"recompute": "selective"}),
     "expert tensor": ("*-GE*E", SEQUENCE | {"expert_tensor": 2}, 1, {}),
     "expert": ("GE*E", {"expert": 2}, 1, {}),
+    "context by state": ("*-GEG-", {"context": 2}, 1, {}),
     "context by heads": ("*-GE*-", {"context": 2, "context_deltanet": "heads"}, 1, {}),
 }
 RANKS = 2
