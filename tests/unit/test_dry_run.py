@@ -11,8 +11,10 @@ import sys
 
 import pytest
 import yaml
+from boreal_megatron.config.load import load
 from boreal_megatron.config.schema import Model
 from boreal_megatron.convert.mapping import mapping
+from boreal_megatron.plan import shards
 from boreal_megatron.plan.params import count
 from boreal_megatron.plan.tiling import Piece, tiling
 from tests.support.launch import ROOT, boreal, environment
@@ -112,7 +114,10 @@ def test_every_axis_at_once(tmp_path):
     assert [stage["layers"] for stage in found["stages"]] == [["*-", "G-"], ["GE", "*E/*-"]]
     assert found["parameters"] == count(Model(**MODEL))["with_mtp"]
     assert found["tensors"] == len({name for rule in mapping(Model(**MODEL)) for name in rule.train})
-    for stage in found["stages"]:
+    for planned, stage in zip(shards.held(load([config]), 16), found["stages"], strict=True):  # `boreal plan memory`
+        assert [planned["weights"]] * 2 == stage["weight_bytes"]
+        assert [planned["gradients"]] * 2 == stage["gradient_bytes"]
+        assert list(planned["optimizer"]) == stage["state_bytes"]
         assert stage["parameters"][0] * 2 <= stage["weight_bytes"][0] <= stage["weight_bytes"][1]
         assert stage["parameters"][1] * 4 <= stage["gradient_bytes"][1]
         assert 0 < stage["state_bytes"][0] < stage["state_bytes"][1]
