@@ -2,6 +2,7 @@
 
 import difflib
 from pathlib import Path
+from typing import Literal
 
 import pydantic
 
@@ -12,10 +13,43 @@ from boreal_megatron.errors import BorealError
 Rate = pydantic.PositiveFloat
 
 
-class GPU(Frozen):
-    """One kind of GPU with its links. `hardware.yaml` gives the units; `names` are what CUDA calls it."""
-
+class Table(Frozen):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Achieved(Table):
+    """A rate that is reached in practice, where it comes from, and from whom."""
+
+    value: Rate
+    unit: str = ""
+    source: Literal["measured", "published", "derived", "assumed"]
+    by: str
+
+
+class Rates(Table):
+    """What `plan.work` divides work by."""
+
+    multiprocessors: Achieved
+    gemm: Achieved
+    gemm_fp8: Achieved
+    gemm_start: Achieved
+    grouped: Achieved
+    attention_forward: Achieved
+    attention_backward: Achieved
+    flash_qla_forward: Achieved
+    flash_qla_backward: Achieved
+    fla_forward: Achieved
+    fla_backward: Achieved
+    hbm: Achieved
+    nvlink: Achieved
+    dispatch: Achieved
+    nic: Achieved
+    collective: Achieved
+
+
+class GPU(Table):
+    """One kind of GPU with its links. `hardware.yaml` gives the units; `names` are what CUDA calls it; `factors` are
+    what `plan calibrate` multiplies the seconds of a kind of work by."""
 
     names: tuple[str, ...] = ()
     memory_gib: Rate
@@ -25,6 +59,8 @@ class GPU(Frozen):
     nvlink: Rate
     nic: Rate
     gpus_per_node: pydantic.PositiveInt
+    rates: Rates | None = None
+    factors: dict[str, Rate] = {}
 
 
 def load(path=None):

@@ -1,0 +1,219 @@
+"""The time of a training step as a sum of named terms, for one configuration on one kind of GPU.
+
+    step = m * slowest rank + (sum of the other ranks) / virtual_pipeline + what happens once a step
+
+m micro-batches; a rank's time is forward + backward of its half-blocks (`plan.work`), on the pipeline rank with the
+most. The second term is the pipeline's bubble: where ranks are equal, (pipeline - 1) / virtual_pipeline of one.
+"""
+
+from collections import Counter
+from functools import cache
+from typing import NamedTuple
+
+from boreal_megatron.config import check, layout
+from boreal_megatron.config.pattern import expand
+from boreal_megatron.errors import BorealError
+from boreal_megatron.plan import flops, params
+from boreal_megatron.plan.work import BOREAL, Rank
+
+KINDS = (*flops.KINDS, "communication", "idle", "optimizer")
+FORMULAS = {  # term -> (how it is counted, the rates it uses)
+    "gemm": ("rounds of tiles x (k + start), forward and twice backward", "gemm gemm_fp8 gemm_start"),
+    "expert_gemm": ("the same for the rows of each local expert", "gemm grouped"),
+    "attention_core": ("2 T heads d a position forward, twice backward", "attention_forward attention_backward"),
+    "delta_rule": ("value heads x (d/128)^2 a position; twice with context_deltanet=state", "fla_forward fla_backward"),
+    "elementwise": ("bytes of norms, gates, convolution, permutation", "hbm"),
+    "head": ("gemm over the vocabulary, once for each head", "gemm"),
+    "gradient_accumulation": ("bytes to add a micro-batch's gradients", "hbm"),
+    "tensor_communication": ("5 x t h a half-block, 2 of them under products", "nvlink collective"),
+    "dispatch": ("copies of tokens to experts and back, both ways", "dispatch nic collective"),
+    "context_communication": ("queries, keys, values, states within a row", "nvlink nic collective"),
+    "pipeline_communication": ("t h to each neighbour; under the next chunk if virtual", "nvlink nic collective"),
+    "bubble": ("the other ranks' micro-batch / virtual_pipeline", ""),
+    "gradient_reduce": ("gradient bytes over data x context ranks", "nvlink nic"),
+    "parameter_gather": ("parameter bytes over data x context ranks", "nvlink nic"),
+    "tied_gradients": ("the embedding's gradient, first and last stage", "nic"),
+    "optimizer": ("bytes of gradients, masters and moments", "hbm"),
+}
+NOT_MODELLED = (
+    "natural routing (experts get equal shares), the host's launches, stragglers, power limits, reading data, "
+    "evaluation, checkpoints, failures"
+)
+UPDATE = 30  # bytes of a parameter: gradient, master weight and two moments in FP32, read and written; weight in bf16
+BUFFERS = 12  # bytes of a local parameter: its FP32 gradient is cleared, and divided by the targets
+
+
+class Term(NamedTuple):
+    """A named part of a step, on the slowest pipeline rank."""
+
+    name: str
+    kind: str
+    seconds: float
+
+
+class Estimate(NamedTuple):
+    """A step of one configuration."""
+
+    seconds: float
+    terms: tuple
+    positions: int
+    world: int
+    flops: float  # of a position, forward + backward
+    peak: float  # of the GPU, TFLOP/s
+
+    def rate(self):
+        """Positions a second of one GPU."""
+        return self.positions / self.seconds / self.world
+
+    def teraflops(self):
+        """Model TFLOP/s of one GPU; what is recomputed does not count."""
+        return self.flops * self.rate() / 1e12
+
+    def mfu(self):
+        return self.teraflops() / self.peak
+
+    def kinds(self):
+        """kind -> seconds, those that there are."""
+        found = Counter()
+        for term in self.terms:
+            found[term.kind] += term.seconds
+        return dict(found)
+
+
+def step(config, phase, world, gpu, software=BOREAL):
+    """The time of one step.
+
+    Args:
+        config: `config.schema.Config` that `config.check` has nothing against.
+        phase: the one of its phases that is meant.
+        gpu: `hardware.GPU`; its `factors` multiply the seconds of a kind of work.
+        software: `work.Software`.
+
+    Returns:
+        Estimate.
+
+    Raises:
+        BorealError: the table has no rates for this GPU.
+    """
+    if gpu.rates is None:
+        raise BorealError(
+            "this GPU has no rates; copy the section `rates` of h100 in plan/hardware.yaml to its entry and change it"
+        )
+    model, cut = config.model, config.parallel
+    rank = Rank(config, phase.sequence, gpu, software)
+    micro_batches = phase.positions_per_step // (phase.sequence * config.micro_batch * check.data_size(config, world))
+    times = [Counter() for _ in range(cut.pipeline)]
+    weights = [Counter() for _ in range(cut.pipeline)]
+    stages = _stages(model.pattern, cut)
+    for number, work in enumerate(_work(config, rank, stages)):
+        times[number % cut.pipeline].update(work)
+        weights[number % cut.pipeline].update(_weights(model, cut, stages[number]))
+    embedding = layout.padded_vocab(model) * model.hidden_size // cut.tensor
+    weights[0]["dense"] += embedding
+    if not model.tie_embeddings or cut.pipeline > 1:
+        weights[-1]["dense"] += embedding
+    for mine, held in zip(times, weights):
+        bytes_added = software.accumulation_bytes * held.total()
+        mine["gradient_accumulation", "optimizer"] += rank.memory(bytes_added)
+        if cut.pipeline > 1 and cut.virtual_pipeline == 1:
+            mine["pipeline_communication", "communication"] += 2 * _neighbour(rank, world)
+    totals = [_scaled(mine, gpu).total() for mine in times]
+    slowest = max(range(cut.pipeline), key=totals.__getitem__)
+    terms = Counter({key: micro_batches * seconds for key, seconds in times[slowest].items()})
+    terms = _scaled(terms + _once(config, rank, world, max(weights, key=Counter.total)), gpu)
+    terms["bubble", "idle"] = (sum(totals) - totals[slowest]) / cut.virtual_pipeline
+    return Estimate(
+        seconds=terms.total(),
+        terms=tuple(Term(*key, seconds) for key, seconds in terms.items() if seconds),
+        positions=phase.positions_per_step,
+        world=world,
+        flops=_flops(model, phase.sequence),
+        peak=gpu.bf16,
+    )
+
+
+@cache
+def _flops(model, sequence):
+    return sum(flops.training(model, sequence).values())
+
+
+def _scaled(terms, gpu):
+    return Counter({(name, kind): gpu.factors.get(kind, 1.0) * seconds for (name, kind), seconds in terms.items()})
+
+
+@cache
+def _stages(pattern, cut):
+    """Half-blocks of each stage in the network's order; the MTP head's follow those of the last behind a `/`."""
+    main, *mtp = layout.stage_pattern(pattern, cut).split("/")
+    stages = main.split("|")
+    return (*stages[:-1], "/".join([stages[-1], *mtp]))
+
+
+def _work(config, rank, stages):
+    """{(term, kind): seconds of a micro-batch, forward and backward} of each stage."""
+    once = {letter: list(rank.half_block(letter)) for letter in set("".join(stages)) - {"/"}}
+    for number, letters in enumerate(stages):
+        main, _, mtp = letters.partition("/")
+        found = Counter()
+        for letter, blocks in Counter(main).items():
+            for piece in once[letter]:
+                found[piece.name, piece.kind] += blocks * _seconds(piece, config.recompute)
+        if number == len(stages) - 1:
+            extra = [piece for letter in mtp for piece in once[letter]] + (list(rank.mtp_join()) if mtp else [])
+            for piece in extra:
+                kind = piece.kind if piece.kind == "communication" else "mtp"
+                found[piece.name, kind] += _seconds(piece, config.recompute)
+            head = rank.head(layout.padded_vocab(config.model))
+            found[head.name, head.kind] += (1 + bool(mtp)) * (head.forward + head.backward)
+        yield found
+
+
+def _seconds(piece, recompute):
+    again = recompute == "full" or (recompute == "selective" and piece.selective)
+    return piece.forward * (1 + again) + piece.backward
+
+
+@cache
+def _weights(model, cut, letters):
+    """Elements of the parameters that a rank has of a stage: dense ones and experts'."""
+    found = Counter()
+    main, _, mtp = letters.partition("/")
+    for letter, blocks in Counter(main + mtp).items():
+        whole = params.block(model, letter)[0]
+        experts = 3 * model.hidden_size * model.moe.expert_hidden_size * model.moe.experts if letter == "E" else 0
+        found["experts"] += blocks * experts // (cut.expert * cut.expert_tensor)
+        found["dense"] += blocks * (whole - experts) // cut.tensor
+    if mtp:
+        found["dense"] += 2 * model.hidden_size**2 // cut.tensor
+    return found
+
+
+def _neighbour(rank, world):
+    """Seconds to hand a micro-batch's hidden states to the next pipeline rank."""
+    inside = world <= rank.gpu.gpus_per_node
+    nbytes = rank.local * rank.model.hidden_size * rank.dtype
+    return nbytes / (rank.rate["nvlink" if inside else "nic"] * 1e9) + rank.rate["collective"] * 1e-6
+
+
+def _once(config, rank, world, weights):
+    """{(term, kind): seconds} of what happens once a step."""
+    cut, sharded = config.parallel, config.optimizer.distributed
+    groups = {  # parameters -> (ranks that have the same ones, their stride)
+        "dense": (world // (cut.tensor * cut.pipeline), cut.tensor),
+        "experts": (world // (cut.pipeline * cut.expert * cut.expert_tensor), cut.expert * cut.expert_tensor),
+    }
+    found, seen = Counter(), 1 - rank.software.hidden_data
+    for name, (size, stride) in groups.items():
+        if held := weights[name]:
+            received = held * (size - 1) / size
+            reduced = rank.software.gradient_bytes * (1 if sharded else 2)
+            found["gradient_reduce", "communication"] += seen * rank.exchange(reduced * received, size, stride)
+            if sharded:
+                gathered = rank.dtype * received
+                found["parameter_gather", "communication"] += seen * rank.exchange(gathered, size, stride)
+            update = UPDATE * held / (size if sharded else 1)
+            found["optimizer", "optimizer"] += rank.memory(update + BUFFERS * held)
+    if cut.pipeline > 1 and config.model.tie_embeddings:
+        nbytes = layout.padded_vocab(config.model) * config.model.hidden_size // cut.tensor * 4
+        found["tied_gradients", "communication"] = nbytes / (rank.rate["nic"] * 1e9)
+    return found
