@@ -11,7 +11,6 @@ from functools import cache
 from typing import NamedTuple
 
 from boreal_megatron.config import check, layout
-from boreal_megatron.config.pattern import expand
 from boreal_megatron.errors import BorealError
 from boreal_megatron.plan import flops, params
 from boreal_megatron.plan.work import BOREAL, Rank
@@ -80,7 +79,7 @@ class Estimate(NamedTuple):
         return dict(found)
 
 
-def step(config, phase, world, gpu, software=BOREAL):
+def step(config, phase, world, gpu, software=BOREAL, known=None):
     """The time of one step.
 
     Args:
@@ -88,6 +87,7 @@ def step(config, phase, world, gpu, software=BOREAL):
         phase: the one of its phases that is meant.
         gpu: `hardware.GPU`; its `factors` multiply the seconds of a kind of work.
         software: `work.Software`.
+        known: a dict that keeps what layouts of one search have in common.
 
     Returns:
         Estimate.
@@ -99,37 +99,40 @@ def step(config, phase, world, gpu, software=BOREAL):
         raise BorealError(
             "this GPU has no rates; copy the section `rates` of h100 in plan/hardware.yaml to its entry and change it"
         )
-    model, cut = config.model, config.parallel
-    rank = Rank(config, phase.sequence, gpu, software)
+    cut = config.parallel
+    stage, rank = _stage_work(config, phase.sequence, gpu, software, {} if known is None else known)
     micro_batches = phase.positions_per_step // (phase.sequence * config.micro_batch * check.data_size(config, world))
-    times = [Counter() for _ in range(cut.pipeline)]
-    weights = [Counter() for _ in range(cut.pipeline)]
-    stages = _stages(model.pattern, cut)
-    for number, work in enumerate(_work(config, rank, stages)):
-        times[number % cut.pipeline].update(work)
-        weights[number % cut.pipeline].update(_weights(model, cut, stages[number]))
-    embedding = layout.padded_vocab(model) * model.hidden_size // cut.tensor
-    weights[0]["dense"] += embedding
-    if not model.tie_embeddings or cut.pipeline > 1:
-        weights[-1]["dense"] += embedding
-    for mine, held in zip(times, weights):
-        bytes_added = software.accumulation_bytes * held.total()
-        mine["gradient_accumulation", "optimizer"] += rank.memory(bytes_added)
-        if cut.pipeline > 1 and cut.virtual_pipeline == 1:
-            mine["pipeline_communication", "communication"] += 2 * _neighbour(rank, world)
-    totals = [_scaled(mine, gpu).total() for mine in times]
+    stages = _stages(config.model.pattern, cut)
+    mine = [[stage(letters) for letters in stages[number :: cut.pipeline]] for number in range(cut.pipeline)]
+    held = weights(config)
+    once_a_rank = [_a_micro_batch(rank, cut, world, elements) for elements in held]
+    totals = [sum(t for _, t in chunks) + more.total() for chunks, more in zip(mine, once_a_rank)]
     slowest = max(range(cut.pipeline), key=totals.__getitem__)
-    terms = Counter({key: micro_batches * seconds for key, seconds in times[slowest].items()})
-    terms = _scaled(terms + _once(config, rank, world, max(weights, key=Counter.total)), gpu)
+    terms = sum((work for work, _ in mine[slowest]), once_a_rank[slowest])
+    terms = Counter({key: micro_batches * seconds for key, seconds in terms.items()})
+    terms.update(_once(config, rank, world, max(held, key=Counter.total)))
     terms["bubble", "idle"] = (sum(totals) - totals[slowest]) / cut.virtual_pipeline
     return Estimate(
         seconds=terms.total(),
         terms=tuple(Term(*key, seconds) for key, seconds in terms.items() if seconds),
         positions=phase.positions_per_step,
         world=world,
-        flops=_flops(model, phase.sequence),
+        flops=_flops(config.model, phase.sequence),
         peak=gpu.bf16,
     )
+
+
+def weights(config):
+    """Elements of the parameters that each pipeline rank has, {"dense", "experts"}; norms count as if they were cut."""
+    model, cut = config.model, config.parallel
+    held = [Counter() for _ in range(cut.pipeline)]
+    for number, letters in enumerate(_stages(model.pattern, cut)):
+        held[number % cut.pipeline].update(_weights(model, cut, letters))
+    embedding = layout.padded_vocab(model) * model.hidden_size // cut.tensor
+    held[0]["dense"] += embedding
+    if not model.tie_embeddings or cut.pipeline > 1:
+        held[-1]["dense"] += embedding
+    return held
 
 
 @cache
@@ -137,40 +140,66 @@ def _flops(model, sequence):
     return sum(flops.training(model, sequence).values())
 
 
-def _scaled(terms, gpu):
-    return Counter({(name, kind): gpu.factors.get(kind, 1.0) * seconds for (name, kind), seconds in terms.items()})
-
-
 @cache
 def _stages(pattern, cut):
-    """Half-blocks of each stage in the network's order; the MTP head's follow those of the last behind a `/`."""
-    main, *mtp = layout.stage_pattern(pattern, cut).split("/")
+    """Half-blocks of each stage in the network's order; the last ends with `/` and the MTP head's."""
+    main, _, mtp = layout.stage_pattern(pattern, cut).partition("/")
     stages = main.split("|")
-    return (*stages[:-1], "/".join([stages[-1], *mtp]))
+    return (*stages[:-1], f"{stages[-1]}/{mtp}")
 
 
-def _work(config, rank, stages):
-    """{(term, kind): seconds of a micro-batch, forward and backward} of each stage."""
-    once = {letter: list(rank.half_block(letter)) for letter in set("".join(stages)) - {"/"}}
-    for number, letters in enumerate(stages):
-        main, _, mtp = letters.partition("/")
+def _stage_work(config, sequence, gpu, software, known):
+    """(letters of a stage -> ({(term, kind): seconds of a micro-batch}, their sum); the Rank behind it).
+
+    Layouts that differ in their pipeline or world only have these in common.
+    """
+    key = (
+        config.parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1}),
+        config.micro_batch,
+        config.recompute,
+    )
+    if key in known:
+        return known[key]
+    rank = Rank(config, sequence, gpu, software)
+
+    def seconds(piece):
+        again = config.recompute == "full" or (config.recompute == "selective" and piece.selective)
+        return piece.forward * (1 + again) + piece.backward
+
+    @cache
+    def half_block(letter):
+        return [(piece.name, piece.kind, rank.factor(piece.kind) * seconds(piece)) for piece in rank.half_block(letter)]
+
+    @cache
+    def stage(letters):
+        main, last, mtp = letters.partition("/")
         found = Counter()
         for letter, blocks in Counter(main).items():
-            for piece in once[letter]:
-                found[piece.name, piece.kind] += blocks * _seconds(piece, config.recompute)
-        if number == len(stages) - 1:
-            extra = [piece for letter in mtp for piece in once[letter]] + (list(rank.mtp_join()) if mtp else [])
-            for piece in extra:
-                kind = piece.kind if piece.kind == "communication" else "mtp"
-                found[piece.name, kind] += _seconds(piece, config.recompute)
+            for name, kind, each in half_block(letter):
+                found[name, kind] += blocks * each
+        for letter in mtp:
+            for name, kind, each in half_block(letter):
+                kind = kind if kind == "communication" else "mtp"
+                found[name, kind] += each
+        if mtp:
+            join = rank.mtp_join()
+            found[join.name, join.kind] += rank.factor("mtp") * (join.forward + join.backward)
+        if last:
             head = rank.head(layout.padded_vocab(config.model))
-            found[head.name, head.kind] += (1 + bool(mtp)) * (head.forward + head.backward)
-        yield found
+            found[head.name, head.kind] += (1 + bool(mtp)) * rank.factor("heads") * (head.forward + head.backward)
+        return found, found.total()
+
+    known[key] = stage, rank
+    return known[key]
 
 
-def _seconds(piece, recompute):
-    again = recompute == "full" or (recompute == "selective" and piece.selective)
-    return piece.forward * (1 + again) + piece.backward
+def _a_micro_batch(rank, cut, world, elements):
+    """{(term, kind): seconds} of a pipeline rank's micro-batch beside its half-blocks."""
+    added = rank.memory(rank.software.accumulation_bytes * elements.total())
+    found = Counter({("gradient_accumulation", "optimizer"): rank.factor("optimizer") * added})
+    if cut.pipeline > 1 and cut.virtual_pipeline == 1:
+        found["pipeline_communication", "communication"] = rank.factor("communication") * 2 * _neighbour(rank, world)
+    return found
 
 
 @cache
@@ -195,7 +224,7 @@ def _neighbour(rank, world):
     return nbytes / (rank.rate["nvlink" if inside else "nic"] * 1e9) + rank.rate["collective"] * 1e-6
 
 
-def _once(config, rank, world, weights):
+def _once(config, rank, world, elements):
     """{(term, kind): seconds} of what happens once a step."""
     cut, sharded = config.parallel, config.optimizer.distributed
     groups = {  # parameters -> (ranks that have the same ones, their stride)
@@ -204,7 +233,7 @@ def _once(config, rank, world, weights):
     }
     found, seen = Counter(), 1 - rank.software.hidden_data
     for name, (size, stride) in groups.items():
-        if held := weights[name]:
+        if held := elements[name]:
             received = held * (size - 1) / size
             reduced = rank.software.gradient_bytes * (1 if sharded else 2)
             found["gradient_reduce", "communication"] += seen * rank.exchange(reduced * received, size, stride)
@@ -213,7 +242,7 @@ def _once(config, rank, world, weights):
                 found["parameter_gather", "communication"] += seen * rank.exchange(gathered, size, stride)
             update = UPDATE * held / (size if sharded else 1)
             found["optimizer", "optimizer"] += rank.memory(update + BUFFERS * held)
-    if cut.pipeline > 1 and config.model.tie_embeddings:
+    if cut.pipeline > 1 and (config.model.tie_embeddings or "/" in config.model.pattern):
         nbytes = layout.padded_vocab(config.model) * config.model.hidden_size // cut.tensor * 4
         found["tied_gradients", "communication"] = nbytes / (rank.rate["nic"] * 1e9)
-    return found
+    return Counter({(name, kind): rank.factor(kind) * seconds for (name, kind), seconds in found.items()})

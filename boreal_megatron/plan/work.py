@@ -74,6 +74,10 @@ class Rank:
         self.local = self.t // self.cut.tensor if self.cut.sequence_parallel else self.t
         self.rate = {name: rate.value for name, rate in gpu.rates}
 
+    def factor(self, kind):
+        """Seconds of this kind of work, as a multiple of what the rates give."""
+        return self.gpu.factors.get(kind, 1.0)
+
     # ------------------------------------------------------------ rates
 
     def product(self, m, k, n, count=1, grouped=False, fp8=False):
@@ -235,7 +239,7 @@ class Rank:
     def mtp_join(self):
         """The projection of [hidden, embedding] before the MTP head's half-blocks, and its norms."""
         h = self.model.hidden_size
-        yield add("gemm", "mtp", self.linear(self.t, 2 * h, h // self.cut.tensor), self.touch((6, 9), self.local * h))
+        return add("gemm", "mtp", self.linear(self.t, 2 * h, h // self.cut.tensor), self.touch((6, 9), self.local * h))
 
 
 def add(name, kind, *pairs, selective=False):
