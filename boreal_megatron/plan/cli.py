@@ -28,6 +28,29 @@ def add_parser(verbs):
     p.add_argument("--bag", type=positive, default=1, metavar="K", help="raw tokens that a position stands for")
     p.set_defaults(run=plan_flops)
 
+    p = plans.add_parser("layouts", help="every layout on so many GPUs, ranked by predicted step time, with reasons")
+    model_arguments(p)
+    p.add_argument("--gpus", type=positive, required=True)
+    p.add_argument("--gpu", default="h100", metavar="KIND", help="of the table of GPUs (default: h100)")
+    p.add_argument(
+        "--sequence", type=positive, default=8192, metavar="POSITIONS", help="window of a preset (default: 8192)"
+    )
+    p.add_argument(
+        "--step",
+        type=positive,
+        default=4_194_304,
+        metavar="POSITIONS",
+        help="positions a step of a preset (default: 4194304)",
+    )
+    p.add_argument("--raw-tokens", type=count, default=10**12, metavar="N", help="of a preset's run (default: 1e12)")
+    p.add_argument(
+        "--bag", type=positive, default=4, metavar="K", help="bags to compare a run without any with (default: 4)"
+    )
+    p.add_argument("--top", type=positive, default=5, help="layouts to show (default: 5)")
+    p.add_argument("--hardware", metavar="FILE", help="YAML with GPUs and rates over the own table")
+    p.add_argument("--out", metavar="FILE", help="write the first one's overlay")
+    p.set_defaults(run=plan_layouts)
+
 
 def model_arguments(p):
     p.add_argument("model", help="a preset, or a configuration file")
@@ -40,6 +63,14 @@ def positive(text):
     if number < 1:
         raise ValueError(text)
     return number
+
+
+def count(text):
+    """A whole number that may be written 15e12."""
+    number = float(text)
+    if number < 1 or number != int(number):
+        raise ValueError(text)
+    return int(number)
 
 
 def model_of(word):
@@ -79,3 +110,45 @@ def plan_flops(args):
     sequences = args.sequence or [n for n in SEQUENCES if n <= model.max_positions]
     rows = flops.report(model, sequences, args.bag)
     say(args, {"model": args.model, "sequences": rows}, flops.table(rows), flops.EXPLAIN)
+
+
+def plan_layouts(args):
+    from boreal_megatron.plan import hardware, layouts, report
+
+    gpu = hardware.gpu(args.gpu, args.hardware)
+    config = run_of(args)
+    found = layouts.search(config, args.gpus, gpu, args.top)
+    answer = {"model": args.model, "gpu": args.gpu, **report.report(found, config, args.gpus, gpu, args.bag)}
+    if args.out:
+        words = [f"boreal plan layouts {args.model} --gpus {args.gpus} --gpu {args.gpu}"]
+        words += [] if os.path.exists(args.model) else [f"--sequence {args.sequence} --step {args.step}"]
+        with open(args.out, "w", encoding="utf-8") as file:
+            file.write(report.overlay(answer, " ".join(words)))
+    say(args, answer, report.table(answer, config), report.explanation(answer, gpu))
+
+
+def run_of(args):
+    """The Config of a file, or one of a single phase around a preset."""
+    from boreal_megatron.config.load import load, parse
+    from boreal_megatron.config.presets import PRESETS
+
+    if args.model not in PRESETS and os.path.exists(args.model):
+        return load([args.model])
+    model_of(args.model)  # says which presets there are
+    phase = {
+        "name": "run",
+        "until_raw_tokens": args.raw_tokens,
+        "sequence": args.sequence,
+        "positions_per_step": args.step,
+    }
+    plain = {"tokenizer": "data/tokenizer", "sources": {"web": "data/web_text_document"}}
+    return parse(
+        {
+            "model": {"preset": args.model},
+            "phases": [phase],
+            "schedule": {"peak": 1e-3},
+            "data": plain,
+            "checkpoint": {"folder": "run"},
+        },
+        args.model,
+    )

@@ -11,6 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 from boreal_megatron.config import check, layout
+from boreal_megatron.config.schema import Parallel
 from boreal_megatron.errors import BorealError
 from boreal_megatron.plan import flops, params
 from boreal_megatron.plan.work import BOREAL, Rank
@@ -102,15 +103,16 @@ def step(config, phase, world, gpu, software=BOREAL, known=None):
     cut = config.parallel
     stage, rank = _stage_work(config, phase.sequence, gpu, software, {} if known is None else known)
     micro_batches = phase.positions_per_step // (phase.sequence * config.micro_batch * check.data_size(config, world))
-    stages = _stages(config.model.pattern, cut)
-    mine = [[stage(letters) for letters in stages[number :: cut.pipeline]] for number in range(cut.pipeline)]
-    held = weights(config)
-    once_a_rank = [_a_micro_batch(rank, cut, world, elements) for elements in held]
-    totals = [sum(t for _, t in chunks) + more.total() for chunks, more in zip(mine, once_a_rank)]
+    chunks = [[stage(letters) for letters in mine] for mine in _letters(config)]
+    held = _held(config.model, cut, chunks)
+    beside = [_beside_half_blocks(rank, cut, world, elements) for elements in held]
+    totals = [sum(c.seconds for c in mine) + sum(more.values()) for mine, more in zip(chunks, beside)]
     slowest = max(range(cut.pipeline), key=totals.__getitem__)
-    terms = sum((work for work, _ in mine[slowest]), once_a_rank[slowest])
+    terms = Counter(beside[slowest])
+    for chunk in chunks[slowest]:
+        terms.update(chunk.work)
     terms = Counter({key: micro_batches * seconds for key, seconds in terms.items()})
-    terms.update(_once(config, rank, world, max(held, key=Counter.total)))
+    terms.update(_once(config, rank, world, max(held, key=sum)))
     terms["bubble", "idle"] = (sum(totals) - totals[slowest]) / cut.virtual_pipeline
     return Estimate(
         seconds=terms.total(),
@@ -122,16 +124,22 @@ def step(config, phase, world, gpu, software=BOREAL, known=None):
     )
 
 
-def weights(config):
-    """Elements of the parameters that each pipeline rank has, {"dense", "experts"}; norms count as if they were cut."""
-    model, cut = config.model, config.parallel
-    held = [Counter() for _ in range(cut.pipeline)]
-    for number, letters in enumerate(_stages(model.pattern, cut)):
-        held[number % cut.pipeline].update(_weights(model, cut, letters))
+class Chunk(NamedTuple):
+    """One stage of the network on one rank: {(term, kind): seconds of a micro-batch}, their sum, its parameters."""
+
+    work: dict
+    seconds: float
+    dense: int
+    experts: int
+
+
+def _held(model, cut, chunks):
+    """(dense, experts' parameters) that each pipeline rank has; norms count as if tensor parallelism cut them."""
+    held = [[sum(c.dense for c in mine), sum(c.experts for c in mine)] for mine in chunks]
     embedding = layout.padded_vocab(model) * model.hidden_size // cut.tensor
-    held[0]["dense"] += embedding
+    held[0][0] += embedding
     if not model.tie_embeddings or cut.pipeline > 1:
-        held[-1]["dense"] += embedding
+        held[-1][0] += embedding
     return held
 
 
@@ -140,16 +148,23 @@ def _flops(model, sequence):
     return sum(flops.training(model, sequence).values())
 
 
+def _letters(config):
+    """Half-blocks of each pipeline rank's chunks; the network's last chunk ends with `/` and the MTP head's."""
+    cut = config.parallel
+    stages = _stages(config.model.pattern, cut.pipeline, cut.virtual_pipeline, cut.pipeline_layers)
+    return [stages[number :: cut.pipeline] for number in range(cut.pipeline)]
+
+
 @cache
-def _stages(pattern, cut):
-    """Half-blocks of each stage in the network's order; the last ends with `/` and the MTP head's."""
+def _stages(pattern, pipeline, virtual_pipeline, pipeline_layers):
+    cut = Parallel(pipeline=pipeline, virtual_pipeline=virtual_pipeline, pipeline_layers=pipeline_layers)
     main, _, mtp = layout.stage_pattern(pattern, cut).partition("/")
     stages = main.split("|")
     return (*stages[:-1], f"{stages[-1]}/{mtp}")
 
 
 def _stage_work(config, sequence, gpu, software, known):
-    """(letters of a stage -> ({(term, kind): seconds of a micro-batch}, their sum); the Rank behind it).
+    """(letters of a stage -> Chunk; the Rank behind it).
 
     Layouts that differ in their pipeline or world only have these in common.
     """
@@ -187,34 +202,30 @@ def _stage_work(config, sequence, gpu, software, known):
         if last:
             head = rank.head(layout.padded_vocab(config.model))
             found[head.name, head.kind] += (1 + bool(mtp)) * rank.factor("heads") * (head.forward + head.backward)
-        return found, found.total()
+        return Chunk(found, found.total(), *_parameters(config.model, config.parallel, main + mtp, mtp))
 
     known[key] = stage, rank
     return known[key]
 
 
-def _a_micro_batch(rank, cut, world, elements):
-    """{(term, kind): seconds} of a pipeline rank's micro-batch beside its half-blocks."""
-    added = rank.memory(rank.software.accumulation_bytes * elements.total())
-    found = Counter({("gradient_accumulation", "optimizer"): rank.factor("optimizer") * added})
+def _beside_half_blocks(rank, cut, world, elements):
+    """{(term, kind): seconds} of a pipeline rank's micro-batch that are no half-block's."""
+    added = rank.memory(rank.software.accumulation_bytes * sum(elements))
+    found = {("gradient_accumulation", "optimizer"): rank.factor("optimizer") * added}
     if cut.pipeline > 1 and cut.virtual_pipeline == 1:
         found["pipeline_communication", "communication"] = rank.factor("communication") * 2 * _neighbour(rank, world)
     return found
 
 
-@cache
-def _weights(model, cut, letters):
-    """Elements of the parameters that a rank has of a stage: dense ones and experts'."""
-    found = Counter()
-    main, _, mtp = letters.partition("/")
-    for letter, blocks in Counter(main + mtp).items():
+def _parameters(model, cut, letters, mtp):
+    """(dense, experts') parameters of half-blocks on one rank."""
+    dense = experts = 0
+    for letter, blocks in Counter(letters).items():
         whole = params.block(model, letter)[0]
-        experts = 3 * model.hidden_size * model.moe.expert_hidden_size * model.moe.experts if letter == "E" else 0
-        found["experts"] += blocks * experts // (cut.expert * cut.expert_tensor)
-        found["dense"] += blocks * (whole - experts) // cut.tensor
-    if mtp:
-        found["dense"] += 2 * model.hidden_size**2 // cut.tensor
-    return found
+        routed = 3 * model.hidden_size * model.moe.expert_hidden_size * model.moe.experts if letter == "E" else 0
+        experts += blocks * routed // (cut.expert * cut.expert_tensor)
+        dense += blocks * (whole - routed) // cut.tensor
+    return dense + (2 * model.hidden_size**2 // cut.tensor if mtp else 0), experts
 
 
 def _neighbour(rank, world):
@@ -227,13 +238,11 @@ def _neighbour(rank, world):
 def _once(config, rank, world, elements):
     """{(term, kind): seconds} of what happens once a step."""
     cut, sharded = config.parallel, config.optimizer.distributed
-    groups = {  # parameters -> (ranks that have the same ones, their stride)
-        "dense": (world // (cut.tensor * cut.pipeline), cut.tensor),
-        "experts": (world // (cut.pipeline * cut.expert * cut.expert_tensor), cut.expert * cut.expert_tensor),
-    }
+    strides = cut.tensor, cut.expert * cut.expert_tensor  # of the ranks that have the same dense, the same experts
     found, seen = Counter(), 1 - rank.software.hidden_data
-    for name, (size, stride) in groups.items():
-        if held := elements[name]:
+    for held, stride in zip(elements, strides):
+        size = world // (cut.pipeline * stride)
+        if held:
             received = held * (size - 1) / size
             reduced = rank.software.gradient_bytes * (1 if sharded else 2)
             found["gradient_reduce", "communication"] += seen * rank.exchange(reduced * received, size, stride)
