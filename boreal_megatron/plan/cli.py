@@ -51,9 +51,21 @@ def add_parser(verbs):
     p.add_argument("--out", metavar="FILE", help="write the first one's overlay")
     p.set_defaults(run=plan_layouts)
 
+    p = plans.add_parser("calibrate", help="fit the predicted step time to a run, and say the error before and after")
+    p.add_argument("folder", metavar="RUN", help="a run's checkpoint folder")
+    p.add_argument("--gpu", required=True, metavar="KIND", help="what it ran on, of the table of GPUs")
+    p.add_argument("--hardware", metavar="FILE", help="YAML with GPUs and rates over the own table")
+    p.add_argument("--out", metavar="FILE", help="write the factors, for --hardware of `plan layouts`")
+    answer_arguments(p)
+    p.set_defaults(run=plan_calibrate)
+
 
 def model_arguments(p):
     p.add_argument("model", help="a preset, or a configuration file")
+    answer_arguments(p)
+
+
+def answer_arguments(p):
     p.add_argument("--json", action="store_true")
     p.add_argument("--explain", action="store_true", help="what is counted, and how")
 
@@ -125,6 +137,17 @@ def plan_layouts(args):
         with open(args.out, "w", encoding="utf-8") as file:
             file.write(report.overlay(answer, " ".join(words)))
     say(args, answer, report.table(answer, config), report.explanation(answer, gpu))
+
+
+def plan_calibrate(args):
+    from boreal_megatron.plan import calibrate, hardware
+
+    found = calibrate.calibrate(args.folder, hardware.gpu(args.gpu, args.hardware))
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as file:
+            file.write(f"# boreal plan calibrate {args.folder} --gpu {args.gpu}\n")
+            file.write(hardware.with_factors(args.gpu, found["factors"], args.hardware))
+    say(args, {"run": args.folder, "gpu": args.gpu, **found}, calibrate.table(found), calibrate.EXPLAIN)
 
 
 def run_of(args):

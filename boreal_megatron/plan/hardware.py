@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pydantic
+import yaml
 
 from boreal_megatron.config.load import merge, read, validate
 from boreal_megatron.config.schema import Frozen
@@ -76,18 +77,31 @@ def load(path=None):
 
 
 def gpu(name, path=None):
-    """A GPU by its key or by the name that CUDA gives it.
+    """A GPU by its key or by the name that CUDA gives it; errors as `key`."""
+    return load(path)[key(name, path)]
+
+
+def key(name, path=None):
+    """The key of a GPU, from itself or from the name that CUDA gives it.
 
     Raises:
         BorealError: for one that the table does not have; it lists those that it has.
     """
     known = load(path)
-    by_name = {**known, **{n: found for found in known.values() for n in found.names}}
-    if name in by_name or name.lower() in by_name:
-        return by_name.get(name) or by_name[name.lower()]
+    for found in known:
+        if name.lower() == found or name in known[found].names:
+            return found
     near = difflib.get_close_matches(name.lower(), known, 1)
     meant = f"; did you mean {near[0]}?" if near else ""
     raise BorealError(f"unknown GPU {name!r}; known: {', '.join(known)}{meant} (--hardware FILE.yaml adds others)")
+
+
+def with_factors(name, factors, path=None):
+    """The text of a file for --hardware: the one at `path`, if any, with these factors for a GPU."""
+    own = read(Path(path)) if path else {}
+    found = key(name, path)
+    own[found] = own.get(found, {}) | {"factors": factors}
+    return yaml.safe_dump(own, sort_keys=False)
 
 
 def of_device(name):

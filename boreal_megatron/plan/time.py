@@ -13,10 +13,10 @@ from typing import NamedTuple
 from boreal_megatron.config import check, layout
 from boreal_megatron.config.schema import Parallel
 from boreal_megatron.errors import BorealError
-from boreal_megatron.plan import flops, params
+from boreal_megatron.plan import flops
 from boreal_megatron.plan.work import BOREAL, Rank
 
-KINDS = (*flops.KINDS, "communication", "idle", "optimizer")
+KINDS = (*flops.KINDS, "communication", "optimizer", "idle")  # exchanges within a half-block count for its kind
 FORMULAS = {  # term -> (how it is counted, the rates it uses)
     "gemm": ("rounds of tiles x (k + start), forward and twice backward", "gemm gemm_fp8 gemm_start"),
     "expert_gemm": ("the same for the rows of each local expert", "gemm grouped"),
@@ -33,6 +33,7 @@ FORMULAS = {  # term -> (how it is counted, the rates it uses)
     "gradient_reduce": ("gradient bytes over data x context ranks", "nvlink nic"),
     "parameter_gather": ("parameter bytes over data x context ranks", "nvlink nic"),
     "tied_gradients": ("the embedding's gradient, first and last stage", "nic"),
+    "host": ("what calibration found beside all else, a share of it", ""),
     "optimizer": ("bytes of gradients, masters and moments", "hbm"),
 }
 NOT_MODELLED = (
@@ -105,15 +106,17 @@ def step(config, phase, world, gpu, software=BOREAL, known=None):
     micro_batches = phase.positions_per_step // (phase.sequence * config.micro_batch * check.data_size(config, world))
     chunks = [[stage(letters) for letters in mine] for mine in _letters(config)]
     held = _held(config.model, cut, chunks)
-    beside = [_beside_half_blocks(rank, cut, world, elements) for elements in held]
-    totals = [sum(c.seconds for c in mine) + sum(more.values()) for mine, more in zip(chunks, beside)]
+    totals = [sum(chunk.seconds for chunk in mine) for mine in chunks]
     slowest = max(range(cut.pipeline), key=totals.__getitem__)
-    terms = Counter(beside[slowest])
+    terms = Counter()
     for chunk in chunks[slowest]:
         terms.update(chunk.work)
+    if cut.pipeline > 1 and cut.virtual_pipeline == 1:
+        terms["pipeline_communication", "communication"] = rank.factor("communication") * 2 * _neighbour(rank, world)
     terms = Counter({key: micro_batches * seconds for key, seconds in terms.items()})
     terms.update(_once(config, rank, world, max(held, key=sum)))
-    terms["bubble", "idle"] = (sum(totals) - totals[slowest]) / cut.virtual_pipeline
+    terms["bubble", "communication"] = (sum(totals) - totals[slowest]) / cut.virtual_pipeline
+    terms["host", "idle"] = gpu.factors.get("idle", 0.0) * terms.total()
     return Estimate(
         seconds=terms.total(),
         terms=tuple(Term(*key, seconds) for key, seconds in terms.items() if seconds),
@@ -193,39 +196,25 @@ def _stage_work(config, sequence, gpu, software, known):
             for name, kind, each in half_block(letter):
                 found[name, kind] += blocks * each
         for letter in mtp:
-            for name, kind, each in half_block(letter):
-                kind = kind if kind == "communication" else "mtp"
-                found[name, kind] += each
+            for name, _, each in half_block(letter):
+                found[name, "mtp"] += each
         if mtp:
             join = rank.mtp_join()
             found[join.name, join.kind] += rank.factor("mtp") * (join.forward + join.backward)
         if last:
             head = rank.head(layout.padded_vocab(config.model))
             found[head.name, head.kind] += (1 + bool(mtp)) * rank.factor("heads") * (head.forward + head.backward)
-        return Chunk(found, found.total(), *_parameters(config.model, config.parallel, main + mtp, mtp))
+        return Chunk(found, found.total(), *_parameters(rank, main + mtp, mtp))
 
     known[key] = stage, rank
     return known[key]
 
 
-def _beside_half_blocks(rank, cut, world, elements):
-    """{(term, kind): seconds} of a pipeline rank's micro-batch that are no half-block's."""
-    added = rank.memory(rank.software.accumulation_bytes * sum(elements))
-    found = {("gradient_accumulation", "optimizer"): rank.factor("optimizer") * added}
-    if cut.pipeline > 1 and cut.virtual_pipeline == 1:
-        found["pipeline_communication", "communication"] = rank.factor("communication") * 2 * _neighbour(rank, world)
-    return found
-
-
-def _parameters(model, cut, letters, mtp):
-    """(dense, experts') parameters of half-blocks on one rank."""
-    dense = experts = 0
-    for letter, blocks in Counter(letters).items():
-        whole = params.block(model, letter)[0]
-        routed = 3 * model.hidden_size * model.moe.expert_hidden_size * model.moe.experts if letter == "E" else 0
-        experts += blocks * routed // (cut.expert * cut.expert_tensor)
-        dense += blocks * (whole - routed) // cut.tensor
-    return dense + (2 * model.hidden_size**2 // cut.tensor if mtp else 0), experts
+def _parameters(rank, letters, mtp):
+    """(dense, experts') parameters of a stage's half-blocks, and of the MTP head's projection."""
+    each = [rank.parameters(letter) for letter in letters]
+    join = 2 * rank.model.hidden_size**2 // rank.cut.tensor if mtp else 0
+    return sum(dense for dense, _ in each) + join, sum(experts for _, experts in each)
 
 
 def _neighbour(rank, world):
@@ -248,7 +237,7 @@ def _once(config, rank, world, elements):
             found["gradient_reduce", "communication"] += seen * rank.exchange(reduced * received, size, stride)
             if sharded:
                 gathered = rank.dtype * received
-                found["parameter_gather", "communication"] += seen * rank.exchange(gathered, size, stride)
+                found["parameter_gather", "optimizer"] += seen * rank.exchange(gathered, size, stride)
             update = UPDATE * held / (size if sharded else 1)
             found["optimizer", "optimizer"] += rank.memory(update + BUFFERS * held)
     if cut.pipeline > 1 and (config.model.tie_embeddings or "/" in config.model.pattern):

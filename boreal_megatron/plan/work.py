@@ -10,6 +10,8 @@ t positions of a micro-batch on a rank, h hidden size; tp, cp, ep, etp sizes of 
 from math import ceil, comb
 from typing import NamedTuple
 
+from boreal_megatron.plan import params
+
 TILE = 128, 256
 DTYPE = {"bf16": 2, "fp8": 2, "fp32": 4}  # bytes of an activation
 FP32_SLOWER = 16  # than bf16: no tensor cores, 67 of 989 TFLOP/s by the data sheets
@@ -128,16 +130,28 @@ class Rank:
         own = {"*": self.attention, "G": self.gdn, "-": self.dense, "E": self.moe}[letter]
         yield Piece("elementwise", kind, *self.touch(NORM_AND_RESIDUAL, self.local * self.model.hidden_size))
         yield from own()
-        yield from self.tensor_exchange()
+        if self.cut.tensor > 1:
+            yield self.tensor_exchange(kind)
+        yield Piece("gradient_accumulation", kind, 0.0, self.accumulation(sum(self.parameters(letter))))
 
-    def tensor_exchange(self):
+    def parameters(self, letter):
+        """(dense, experts') parameters of a half-block on this rank; norms count as if tensor parallelism cut them."""
+        model, cut = self.model, self.cut
+        whole = params.block(model, letter)[0]
+        routed = 3 * model.hidden_size * model.moe.expert_hidden_size * model.moe.experts if letter == "E" else 0
+        return (whole - routed) // cut.tensor, routed // (cut.expert * cut.expert_tensor)
+
+    def accumulation(self, elements):
+        """Seconds to add a micro-batch's gradient of so many parameters to the buffer."""
+        return self.memory(self.software.accumulation_bytes * elements)
+
+    def tensor_exchange(self, kind):
         """Sequence parallelism gathers before a half-block and scatters after it, forward and backward, and gathers the
         inputs again for the weights' gradient."""
         tp = self.cut.tensor
-        if tp > 1:
-            one = self.exchange(self.t * self.model.hidden_size * self.dtype * (tp - 1) / tp, tp, 1)
-            seen = 5 * one * (1 - self.software.hidden_tensor)
-            yield Piece("tensor_communication", "communication", seen * 2 / 5, seen * 3 / 5)
+        one = self.exchange(self.t * self.model.hidden_size * self.dtype * (tp - 1) / tp, tp, 1)
+        seen = 5 * one * (1 - self.software.hidden_tensor)
+        return Piece("tensor_communication", kind, seen * 2 / 5, seen * 3 / 5)
 
     def attention(self):
         a, h, tp, cp = self.model.attention, self.model.hidden_size, self.cut.tensor, self.cut.context
@@ -152,7 +166,7 @@ class Rank:
         yield Piece("elementwise", "attention", *self.touch(ATTENTION_SIDE, self.t * queries))
         if cp > 1:
             moved = self.t * self.dtype * (2 * queries + 2 * keys * (cp - 1))
-            yield self.context_exchange(moved, moved, exchanges=3)
+            yield self.context_exchange("attention", moved, moved, exchanges=3)
 
     def gdn(self):
         g, h, tp, cp = self.model.gdn, self.model.hidden_size, self.cut.tensor, self.cut.context
@@ -167,17 +181,17 @@ class Rank:
         yield Piece("elementwise", "gdn", *self.touch(GDN_SIDE, self.t * (2 * keys + 2 * values)), selective=True)
         if by_state:
             state = heads * g.head_dim**2 * 4 * (cp - 1)
-            yield self.context_exchange(2 * state, state, exchanges=2, selective=True)
+            yield self.context_exchange("gdn", 2 * state, state, exchanges=2)
         elif cp > 1:
             moved = self.t * self.dtype * (2 * keys + 2 * values + 2 * heads)
-            yield self.context_exchange(moved, moved, exchanges=2, selective=True)
+            yield self.context_exchange("gdn", moved, moved, exchanges=2)
 
-    def context_exchange(self, forward, backward, exchanges, selective=True):
+    def context_exchange(self, kind, forward, backward, exchanges):
         cp, tp = self.cut.context, self.cut.tensor
         start = (exchanges - 1) * self.rate["collective"] * 1e-6
         seen = 1 - self.software.hidden_context
         seconds = ((self.exchange(moved, cp, tp) + start) * seen for moved in (forward, backward))
-        return Piece("context_communication", "communication", *seconds, selective)
+        return Piece("context_communication", kind, *seconds, selective=True)
 
     def dense(self):
         yield self.swiglu("gemm", "dense", self.t, self.model.ffn_hidden_size // self.cut.tensor)
@@ -202,7 +216,7 @@ class Rank:
         yield add("gemm", "moe", self.linear(self.local, h, m.experts), selective=True)
         if cut.expert * cut.expert_tensor > 1:
             one = self.dispatch() * (1 - self.software.hidden_expert)
-            yield Piece("dispatch", "communication", 2 * one, 2 * one, selective=True)
+            yield Piece("dispatch", "moe", 2 * one, 2 * one, selective=True)
 
     def dispatch(self):
         """Seconds to bring a micro-batch's tokens to their experts, or back."""
@@ -234,12 +248,13 @@ class Rank:
         if not self.software.fused_head:
             logits = self.memory(self.t * width)  # a byte of each
             forward, backward = forward + 14 * logits, backward + 10 * logits
-        return Piece("head", "heads", forward, backward)
+        return Piece("head", "heads", forward, backward + self.accumulation(width * self.model.hidden_size))
 
     def mtp_join(self):
         """The projection of [hidden, embedding] before the MTP head's half-blocks, and its norms."""
         h = self.model.hidden_size
-        return add("gemm", "mtp", self.linear(self.t, 2 * h, h // self.cut.tensor), self.touch((6, 9), self.local * h))
+        join = self.linear(self.t, 2 * h, h // self.cut.tensor)
+        return add("gemm", "mtp", join, self.touch((6, 9), self.local * h))
 
 
 def add(name, kind, *pairs, selective=False):
