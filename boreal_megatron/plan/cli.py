@@ -29,7 +29,10 @@ def add_parser(verbs):
     p.set_defaults(run=plan_flops)
 
     p = plans.add_parser("layouts", help="every layout on so many GPUs, ranked by predicted step time, with reasons")
-    model_arguments(p)
+    p.add_argument(
+        "config", nargs="+", metavar="PRESET|CONFIG", help="a preset, or YAML files and a.b.c=value overrides"
+    )
+    answer_arguments(p)
     p.add_argument("--gpus", type=positive, required=True)
     p.add_argument("--gpu", default="h100", metavar="KIND", help="of the table of GPUs (default: h100)")
     p.add_argument(
@@ -46,6 +49,7 @@ def add_parser(verbs):
     p.add_argument(
         "--bag", type=positive, default=4, metavar="K", help="bags to compare a run without any with (default: 4)"
     )
+    p.add_argument("--phase", nargs="+", metavar="NAME", help="phases of a file that count (default: all)")
     p.add_argument("--top", type=positive, default=5, help="layouts to show (default: 5)")
     p.add_argument("--hardware", metavar="FILE", help="YAML with GPUs and rates over the own table")
     p.add_argument("--out", metavar="FILE", help="write the first one's overlay")
@@ -129,14 +133,16 @@ def plan_layouts(args):
 
     gpu = hardware.gpu(args.gpu, args.hardware)
     config = run_of(args)
-    found = layouts.search(config, args.gpus, gpu, args.top)
-    answer = {"model": args.model, "gpu": args.gpu, **report.report(found, config, args.gpus, gpu, args.bag)}
+    counted, bag = layouts.named(config, args.phase), args.bag if preset(args.config) else None
+    found = layouts.search(config, args.gpus, gpu, args.top, args.phase)
+    answer = {"config": args.config, "gpu": args.gpu, **report.report(found, counted, args.gpus, gpu, bag)}
     if args.out:
-        words = [f"boreal plan layouts {args.model} --gpus {args.gpus} --gpu {args.gpu}"]
-        words += [] if os.path.exists(args.model) else [f"--sequence {args.sequence} --step {args.step}"]
+        words = ["boreal plan layouts", *args.config, f"--gpus {args.gpus} --gpu {args.gpu}"]
+        words += ["--phase", *args.phase] if args.phase else []
+        words += [f"--sequence {args.sequence} --step {args.step}"] if preset(args.config) else []
         with open(args.out, "w", encoding="utf-8") as file:
             file.write(report.overlay(answer, " ".join(words)))
-    say(args, answer, report.table(answer, config), report.explanation(answer, gpu))
+    say(args, answer, report.table(answer), report.explanation(answer, gpu))
 
 
 def plan_calibrate(args):
@@ -150,14 +156,21 @@ def plan_calibrate(args):
     say(args, {"run": args.folder, "gpu": args.gpu, **found}, calibrate.table(found), calibrate.EXPLAIN)
 
 
-def run_of(args):
-    """The Config of a file, or one of a single phase around a preset."""
-    from boreal_megatron.config.load import load, parse
+def preset(words):
+    """The preset that the words of a command name instead of files, or None."""
     from boreal_megatron.config.presets import PRESETS
 
-    if args.model not in PRESETS and os.path.exists(args.model):
-        return load([args.model])
-    model_of(args.model)  # says which presets there are
+    return words[0] if words[0] in PRESETS else None
+
+
+def run_of(args):
+    """The Config of files and overrides, or one of a single phase around a preset."""
+    from boreal_megatron.config.load import load, parse
+
+    name = preset(args.config)
+    if name is None:
+        model_of(args.config[0])  # says which presets there are
+        return load([w for w in args.config if "=" not in w], [w for w in args.config if "=" in w])
     phase = {
         "name": "run",
         "until_raw_tokens": args.raw_tokens,
@@ -167,11 +180,12 @@ def run_of(args):
     plain = {"tokenizer": "data/tokenizer", "sources": {"web": "data/web_text_document"}}
     return parse(
         {
-            "model": {"preset": args.model},
+            "model": {"preset": name},
             "phases": [phase],
             "schedule": {"peak": 1e-3},
             "data": plain,
             "checkpoint": {"folder": "run"},
         },
-        args.model,
+        name,
+        [w for w in args.config[1:] if "=" in w],
     )

@@ -39,8 +39,8 @@ class Reason:
 
 
 class Candidate(NamedTuple):
-    """A layout that can run: its configuration, the seconds of the whole run, an Estimate for each phase, and the bytes
-    of its fullest rank (0 until memory was asked)."""
+    """A layout that can run: its configuration, the seconds of all phases that count, an Estimate for each of them, and
+    the bytes of its fullest rank (0 until memory was asked)."""
 
     config: object
     seconds: float
@@ -62,13 +62,14 @@ class Found(NamedTuple):
     slower: int
 
 
-def search(config, world, gpu, top=5):
-    """The layouts with which a run takes the least time, all its phases in one layout.
+def search(config, world, gpu, top=5, names=None):
+    """The layouts with which a run takes the least time, several phases in one layout.
 
     Args:
         config: `config.schema.Config`; its layout, micro_batch and recompute are replaced.
         gpu: `hardware.GPU`.
         top: how many.
+        names: phases whose time and memory count; None: all. The layout is possible for the others, too.
 
     Returns:
         Found.
@@ -78,13 +79,14 @@ def search(config, world, gpu, top=5):
     """
     rejected, queue, known = {}, [], {}
     for number, candidate in enumerate(_possible(config, world, gpu, rejected)):
-        _push(queue, number, candidate, world, gpu, known)
+        _push(queue, number, candidate, world, gpu, known, names)
     if not queue:
         raise BorealError(_impossible(config, world, gpu, rejected))
     best, smallest = [], None
     while queue and len(best) < top:
         _, number, candidate = heapq.heappop(queue)
-        needs = max(stage["total"] for stage in memory.per_rank(candidate.config, world)["stages"])
+        counted = candidate.config.model_copy(update={"phases": named(candidate.config, names)})
+        needs = max(stage["total"] for stage in memory.per_rank(counted, world)["stages"])
         if needs <= gpu.memory_gib * memory.GIB:
             best.append(candidate._replace(bytes=needs))
             continue
@@ -94,7 +96,7 @@ def search(config, world, gpu, top=5):
         again = RECOMPUTE.index(candidate.config.recompute) + 1
         if again < len(RECOMPUTE):
             smaller = candidate.config.model_copy(update={"recompute": RECOMPUTE[again]})
-            _push(queue, number, smaller, world, gpu, known)
+            _push(queue, number, smaller, world, gpu, known, names)
     if not best:
         raise BorealError(
             f"no layout for {world} GPUs fits into {gpu.memory_gib} GiB; the smallest needs "
@@ -114,11 +116,14 @@ def fields(config):
     }
 
 
-def estimate(config, world, gpu, known=None):
-    """A Candidate of a configuration as it is."""
+def estimate(config, world, gpu, known=None, names=None):
+    """A Candidate of a configuration as it is; the arguments are those of `search`."""
     known = {} if known is None else known
     shapes, estimates, seconds = {}, [], 0.0
+    counted = named(config, names)
     for span in phases.spans(config.phases):
+        if span.phase not in counted:
+            continue
         shape = span.phase.sequence, span.phase.positions_per_step
         if shape not in shapes:
             shapes[shape] = time.step(config, span.phase, world, gpu, known=known.setdefault(shape[0], {}))
@@ -127,8 +132,20 @@ def estimate(config, world, gpu, known=None):
     return Candidate(config, seconds, tuple(estimates))
 
 
-def _push(queue, number, config, world, gpu, known):
-    candidate = estimate(config, world, gpu, known)
+def named(config, names):
+    """The phases that count.
+
+    Raises:
+        BorealError: a name that no phase has.
+    """
+    known = [phase.name for phase in config.phases]
+    if wrong := [name for name in names or () if name not in known]:
+        raise BorealError(f"no phase is called {', '.join(wrong)}; the run has: {', '.join(known)}")
+    return tuple(phase for phase in config.phases if not names or phase.name in names)
+
+
+def _push(queue, number, config, world, gpu, known, names):
+    candidate = estimate(config, world, gpu, known, names)
     heapq.heappush(queue, (candidate.seconds, (number, config.recompute), candidate))
 
 

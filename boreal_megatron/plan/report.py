@@ -5,14 +5,17 @@ from boreal_megatron.plan import layouts, memory, time
 
 DAY = 86_400
 RELIABILITY = ("measured", "published", "derived", "assumed")  # a term is as good as the worst rate it uses
-NAMES = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "context": "CP", "expert": "EP", "expert_tensor": "ETP"}  # fmt: skip
+NAMES = {
+    "tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "context": "CP", "expert": "EP", "expert_tensor": "ETP"
+}  # fmt: skip
 
 
-def report(found, config, world, gpu, bag):
+def report(found, counted, world, gpu, bag):
     """The answer for programs.
 
     Args:
-        found: `layouts.Found`. config: the Config that was asked about. bag: raw tokens of a position in superposition.
+        found: `layouts.Found`. counted: the phases that it is about. bag: raw tokens of a position
+            in superposition, to compare with; None: no comparison.
 
     Returns:
         dict: `layouts` (fastest first: fields, step times and terms of each phase, memory), `run` (days and GPU-hours),
@@ -20,8 +23,8 @@ def report(found, config, world, gpu, bag):
     """
     return {
         "gpus": world,
-        "layouts": [_layout(candidate) for candidate in found.best],
-        "run": run(found.best[0], world, bag),
+        "layouts": [_layout(candidate, counted) for candidate in found.best],
+        "run": run(found.best[0], counted, world, bag),
         "rejected": [vars(reason) for reason in found.rejected],
         "not_tried": layouts.NOT_TRIED,
         "slower": found.slower,
@@ -30,9 +33,9 @@ def report(found, config, world, gpu, bag):
     }
 
 
-def _layout(candidate):
+def _layout(candidate, counted):
     steps = []
-    for phase, found in zip(candidate.config.phases, candidate.estimates, strict=True):
+    for phase, found in zip(counted, candidate.estimates, strict=True):
         steps.append(
             {
                 "phase": phase.name,
@@ -48,11 +51,12 @@ def _layout(candidate):
     return {**layouts.fields(candidate.config), "memory_gib": candidate.bytes / memory.GIB, "steps": steps}
 
 
-def run(candidate, world, bag):
-    """Days and GPU-hours of the phases as they are and, of a run without bags, with half of its raw tokens in bags."""
-    spans = phases.spans(candidate.config.phases)
-    found = {"raw_tokens": spans[-1].end_raw_token, **_cost(candidate.seconds, world)}
-    if all(span.phase.bag_size == 1 for span in spans):
+def run(candidate, counted, world, bag):
+    """Days and GPU-hours of the phases as they are, and with half of their raw tokens in bags."""
+    spans = [span for span in phases.spans(candidate.config.phases) if span.phase in counted]
+    raw_tokens = sum(span.end_raw_token - span.first_raw_token for span in spans)
+    found = {"raw_tokens": raw_tokens, **_cost(candidate.seconds, world)}
+    if bag:
         found["superposition"] = {"bag_size": bag, **_cost(candidate.seconds * (1 + 1 / bag) / 2, world)}
     return found
 
@@ -61,9 +65,10 @@ def _cost(seconds, world):
     return {"days": seconds / DAY, "gpu_hours": seconds * world / 3600}
 
 
-def table(answer, config):
+def table(answer):
     """The ranking for people."""
-    shapes = {(phase.sequence, phase.positions_per_step): number for number, phase in enumerate(config.phases)}
+    steps = answer["layouts"][0]["steps"]
+    shapes = {(step["sequence"], step["positions_per_step"]): number for number, step in enumerate(steps)}
     widths = f"{'layout':<44}{'micro':>6} {'recompute':<10}{'GiB':>6}"
     lines = []
     for (sequence, positions), number in shapes.items():
@@ -108,26 +113,28 @@ def explanation(answer, gpu):
     for number, step in enumerate(first["steps"]):
         mine = _by_name(step)
         other = _by_name(others[0]["steps"][number]) if others else {}
-        lines.append(f"milliseconds of a step, windows of {step['sequence']:,}: the first, the second, how")
+        lines.append(f"{step['phase']}: milliseconds of a step, the first and the second layout")
         for name in sorted({*mine, *other}, key=lambda n: -mine.get(n, 0)):
             how, rates = time.FORMULAS[name]
             sources = [getattr(gpu.rates, rate).source for rate in rates.split()]
             worst = max(sources, key=RELIABILITY.index, default="exact")
             a, b = (1000 * found.get(name, 0) for found in (mine, other))
             lines.append(f"  {name:<24}{a:>9.1f}{b:>9.1f}  {how} [{worst}]")
-        lines.append("")
         if other:
-            gains = sorted(mine, key=lambda n: mine[n] - other.get(n, 0))
-            losses = [n for n in reversed(gains) if mine[n] > other.get(n, 0)][:2]
-            wins = [n for n in sorted({*mine, *other}, key=lambda n: mine.get(n, 0) - other.get(n, 0)) if mine.get(n, 0) < other.get(n, 0)][:2]  # fmt: skip
-            lines.append(
-                f"the first gains most in {' and '.join(wins) or 'nothing'}; it loses in {' and '.join(losses) or 'nothing'}"
-            )
+            gain = {name: other.get(name, 0) - mine.get(name, 0) for name in {*mine, *other}}
+            order = sorted(gain, key=gain.get)
+            wins, losses = [n for n in order[::-1] if gain[n] > 0][:2], [n for n in order if gain[n] < 0][:2]
+            lines.append(f"  the first wins most by {_list(wins)}, and loses most by {_list(losses)}")
+        lines.append("")
     lines += ["not tried"] + [f"  {what}: {why}" for what, why in answer["not_tried"].items()]
     lines += ["", f"not modelled: {time.NOT_MODELLED}", "", "rates"]
     for name, rate in gpu.rates:
         lines.append(f"  {name:<20}{rate.value:>8g} {rate.unit} [{rate.source}: {rate.by}]")
     return "\n".join(lines)
+
+
+def _list(names):
+    return " and ".join(names) or "nothing"
 
 
 def _by_name(step):
@@ -144,7 +151,7 @@ def overlay(answer, command):
     cut = ", ".join(f"{key}: {str(value).lower()}" for key, value in first["parallel"].items())
     return (
         f"# {command}\n"
-        f"# Predicted, not measured: {step['positions_per_second_per_gpu']:,.0f} positions a second and GPU at windows of "
-        f"{step['sequence']:,}, {step['mfu']:.1%} MFU, {first['memory_gib']:.1f} GiB.\n"
+        f"# Predicted, not measured: {step['positions_per_second_per_gpu']:,.0f} positions a second and GPU, "
+        f"{step['mfu']:.1%} MFU (windows of {step['sequence']:,}), {first['memory_gib']:.1f} GiB.\n"
         f"parallel: {{{cut}}}\nmicro_batch: {first['micro_batch']}\nrecompute: {first['recompute']}\n"
     )

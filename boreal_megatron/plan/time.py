@@ -171,11 +171,9 @@ def _stage_work(config, sequence, gpu, software, known):
 
     Layouts that differ in their pipeline or world only have these in common.
     """
-    key = (
-        config.parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1}),
-        config.micro_batch,
-        config.recompute,
-    )
+    cut = config.parallel
+    key = (cut.tensor, cut.context, cut.context_deltanet, cut.expert, cut.expert_tensor, cut.sequence_parallel)
+    key = (*key, config.micro_batch, config.recompute)
     if key in known:
         return known[key]
     rank = Rank(config, sequence, gpu, software)
