@@ -106,10 +106,9 @@ def config_arguments(p):
 
 
 def load_config(words):
-    from boreal_megatron.config.load import load
+    from boreal_megatron.config.load import load_words
 
-    files = [w for w in words if "=" not in w]
-    return load(files, [w for w in words if "=" in w])
+    return load_words(words)
 
 
 def train(args):

@@ -63,6 +63,26 @@ def add_parser(verbs):
     answer_arguments(p)
     p.set_defaults(run=plan_calibrate)
 
+    p = plans.add_parser("memory", help="bytes of every rank: weights, gradients, optimizer, activations")
+    p.add_argument("config", nargs="+", help="YAML files, merged left to right, then a.b.c=value overrides")
+    p.add_argument("--world", type=positive, required=True, metavar="N", help="number of GPUs")
+    p.add_argument("--gpu", default="h100", metavar="NAME", help="default: h100; others: h200, those of --hardware")
+    p.add_argument("--hardware", metavar="FILE", help="a YAML file with more GPUs, see plan/hardware.yaml")
+    p.add_argument(
+        "--imbalance", type=at_least_one, metavar="Q", help="load of the busiest rank's experts over the mean"
+    )
+    answer_arguments(p)
+    p.set_defaults(run=plan_memory)
+
+    p = plans.add_parser("cache", help="bytes that decoding keeps of a context, beside a network of attention only")
+    model_arguments(p)
+    p.add_argument(
+        "--context", type=positive, nargs="+", metavar="POSITIONS", help="default: usual ones that the network takes"
+    )
+    p.add_argument("--batch", type=positive, default=1, help="sequences")
+    p.add_argument("--dtype", default="bf16", help="of keys and values: bf16, fp8 or fp32")
+    p.set_defaults(run=plan_cache)
+
 
 def model_arguments(p):
     p.add_argument("model", help="a preset, or a configuration file")
@@ -87,6 +107,13 @@ def count(text):
     if number < 1 or number != int(number):
         raise ValueError(text)
     return int(number)
+
+
+def at_least_one(text):
+    number = float(text)
+    if not number >= 1:
+        raise ValueError(text)
+    return number
 
 
 def model_of(word):
@@ -189,3 +216,22 @@ def run_of(args):
         name,
         [w for w in args.config[1:] if "=" in w],
     )
+
+
+def plan_memory(args):
+    from boreal_megatron.config.load import load_words
+    from boreal_megatron.plan import fit, hardware, memory
+
+    gpu = hardware.gpu(args.gpu, args.hardware)
+    found = fit.answer(load_words(args.config), args.world, gpu, args.gpu, args.imbalance or memory.IMBALANCE)
+    say(args, found, fit.table(found), memory.EXPLAIN)
+    return 0 if found["fits"] else 1
+
+
+def plan_cache(args):
+    from boreal_megatron.plan import cache
+
+    model = model_of(args.model)
+    contexts = args.context or [n for n in SEQUENCES if n <= model.max_positions]
+    rows = [cache.count(model, context, args.batch, args.dtype) for context in contexts]
+    say(args, {"model": args.model, "contexts": rows}, cache.table(rows), cache.EXPLAIN)

@@ -86,7 +86,7 @@ def search(config, world, gpu, top=5, names=None):
     while queue and len(best) < top:
         _, number, candidate = heapq.heappop(queue)
         counted = candidate.config.model_copy(update={"phases": named(candidate.config, names)})
-        needs = max(stage["total"] for stage in memory.per_rank(counted, world)["stages"])
+        needs = memory.needed(memory.per_rank(counted, world))
         if needs <= gpu.memory_gib * memory.GIB:
             best.append(candidate._replace(bytes=needs))
             continue

@@ -59,7 +59,7 @@ def test_search_against_every_combination():
     assert sum(reason.layouts for reason in rejected.values()) > 0
 
     def needs(candidate):
-        return max(stage["total"] for stage in memory.per_rank(candidate, world)["stages"])
+        return memory.needed(memory.per_rank(candidate, world))
 
     every = [c.model_copy(update={"recompute": r}) for c in right for r in layouts.RECOMPUTE]
     bytes_of = {chosen(c): needs(c) for c in every}
@@ -152,7 +152,7 @@ def test_examples_are_right_and_as_fast_as_they_say(example):
     assert check.problems(config, world) == []
     candidate = layouts.estimate(config, world, gpu, names=names)
     counted = config.model_copy(update={"phases": layouts.named(config, names)})
-    needs = max(stage["total"] for stage in memory.per_rank(counted, world)["stages"]) / memory.GIB
+    needs = memory.needed(memory.per_rank(counted, world)) / memory.GIB
     assert needs <= gpu.memory_gib
     said = example.read_text().splitlines()[1]
     assert f"{candidate.estimates[0].rate():,.0f} positions" in said and f"{needs:.1f} GiB" in said
