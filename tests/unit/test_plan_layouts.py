@@ -1,6 +1,7 @@
 """The search for layouts: against every combination tried out, known answers, refusals, the examples it wrote."""
 
 import json
+import re
 import subprocess
 import sys
 import time as clock
@@ -154,8 +155,9 @@ def test_examples_are_right_and_as_fast_as_they_say(example):
     counted = config.model_copy(update={"phases": layouts.named(config, names)})
     needs = memory.needed(memory.per_rank(counted, world)) / memory.GIB
     assert needs <= gpu.memory_gib
-    said = example.read_text().splitlines()[1]
-    assert f"{candidate.estimates[0].rate():,.0f} positions" in said and f"{needs:.1f} GiB" in said
+    said = re.search(r"measured: ([\d,]+) positions .* ([\d.]+) GiB", example.read_text())
+    assert float(said[1].replace(",", "")) == pytest.approx(candidate.estimates[0].rate(), rel=0.02)
+    assert float(said[2]) == pytest.approx(needs, rel=0.05)
 
 
 @pytest.mark.slow

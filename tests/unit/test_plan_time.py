@@ -9,6 +9,7 @@ from boreal_megatron.config.schema import Parallel
 from boreal_megatron.errors import BorealError
 from boreal_megatron.plan import hardware, time
 from boreal_megatron.plan.work import BOREAL, Rank, Software
+from tests.support.launch import ROOT
 from tests.support.published import SYSTEMS, estimate
 
 H100 = hardware.gpu("h100")
@@ -179,3 +180,11 @@ def test_terms_add_up_and_are_explained():
 def test_a_gpu_without_rates_is_refused():
     with pytest.raises(BorealError, match="no rates; copy the section"):
         step("boreal-250m", 8, gpu=H100.model_copy(update={"rates": None}))
+
+
+def test_readme_says_what_the_model_says():
+    """The table of published systems in the README is today's, to the token."""
+    text = (ROOT / "README.md").read_text()
+    for system in SYSTEMS:
+        rate, found = f"{system.rate:,}", f"{estimate(system, H100).rate():,.0f}"
+        assert f"| {rate} | {found} |" in text, (system.name, rate, found)
