@@ -37,14 +37,26 @@ def problems(config, world=None):
     if world is not None and world < 1:
         return [f"world={world}; expected 1 process or more"]
     try:
-        main, mtp = expand(config.model.pattern)
+        expand(config.model.pattern)
     except BorealError as error:
         return [f"model.pattern: {error}"]
+    values = values_of(config, world)
+    rules = [rule for rule in table(len(config.phases)) if values.has(rule)]
+    return [*_plain(config, values[LETTERS]), *_broken(values, rules)]
+
+
+def values_of(config, world=None):
+    """Every field of a configuration by its dotted name, and what the rules look up besides."""
+    main, mtp = expand(config.model.pattern)
     values = Values(_flat("", config.model_dump()))
     values |= {LETTERS: main + (mtp or ""), LAYERS: len(main) // 2, PHASES: len(config.phases)}
     values |= {} if world is None else {"world": world}
-    rules = [rule for rule in table(len(config.phases)) if values.has(rule)]
-    return [*_plain(config, values[LETTERS]), *_broken(values, rules)]
+    return values
+
+
+def broken(values, rule):
+    """What is wrong where a rule does not hold, without what to do."""
+    return _line(values, rule.blame, [rule], "").removesuffix("; ")
 
 
 def data_size(config, world):
