@@ -6,6 +6,8 @@ FLOPs are the model's (`plan.flops`): a window counts as one document, recomputa
 from boreal_megatron.plan import flops, hardware
 
 TERA, GIGA = 1e12, 1e9
+LETTERS = {"*": "attention", "G": "gdn", "-": "dense", "E": "moe"}  # of the pattern -> kind of time
+WAITS = ("communication", "data", "idle")  # kinds of time in which a rank does no work of its own
 
 
 def step_flops(config, phase):
@@ -34,8 +36,8 @@ def of_step(config, phase, world, seconds, limits, kind_seconds=None):
         kind_seconds: {kind: seconds, mean over ranks}, in steps where they were measured.
 
     Returns:
-        dict: `teraflops` (model TFLOP/s a device), `mfu` (their share of the peak) and `kind_mfu` (the same of each kind
-        of layer, within its own time); the last two None where they are not known.
+        dict: `teraflops` (model TFLOP/s a device), `mfu` (their share of the peak) and `kind_mfu` (the same of each
+        kind of layer, within its own time); the last two None where they are not known.
     """
     work = step_flops(config, phase)
     rate = sum(work.values()) / seconds / world
@@ -43,3 +45,47 @@ def of_step(config, phase, world, seconds, limits, kind_seconds=None):
     if limits and kind_seconds:
         shares = {k: n / world / kind_seconds[k] / limits[0] for k, n in work.items() if kind_seconds[k] > 0}
     return {"teraflops": rate / TERA, "mfu": rate / limits[0] if limits else None, "kind_mfu": shares}
+
+
+def table(seconds, work, moved, world, limits):
+    """A row for each kind of time.
+
+    Args:
+        seconds: {kind: seconds of a step, mean over ranks}.
+        work: `step_flops`. moved: `traffic.step_bytes`, computed, not measured.
+        limits: `peak`.
+
+    Returns:
+        {kind: dict}: `seconds`, `share` of the step; `flops` and `bytes` of the whole run's step, None where there are
+        none; a device's `teraflops` and `gigabytes_per_second`; `roofline`, the least time that the device would need
+        for either, as a share of the time it took, None where its peaks are not known.
+    """
+    whole, rows = sum(seconds.values()), {}
+    for kind, took in seconds.items():
+        flops_, bytes_ = work.get(kind), moved.get(kind)
+        least = max((flops_ or 0) / limits[0], (bytes_ or 0) / limits[1]) / world if limits and bytes_ else None
+        rows[kind] = {
+            "seconds": took,
+            "share": took / whole,
+            "flops": flops_,
+            "teraflops": flops_ / world / took / TERA if flops_ and took else None,
+            "bytes": bytes_,
+            "gigabytes_per_second": bytes_ / world / took / GIGA if bytes_ and took else None,
+            "roofline": least / took if least and took else None,
+        }
+    return rows
+
+
+def working_seconds(rank):
+    """Seconds of a step in which a rank did not wait."""
+    return sum(seconds for kind, seconds in rank["kinds"].items() if kind not in WAITS)
+
+
+def parts(ranks):
+    """{name of a stretch: seconds of a step, mean over the ranks that have it}, as every rank of a pipeline stage has
+    half-blocks that the others do not."""
+    found = {}
+    for rank in ranks:
+        for name, seconds in rank["parts"].items():
+            found.setdefault(name, []).append(seconds)
+    return {name: sum(each) / len(each) for name, each in found.items()}

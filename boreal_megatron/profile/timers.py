@@ -1,14 +1,14 @@
 """What a training step spends its time on, by kind of layer, cheap enough for every run.
 
 A step is cut into stretches that follow each other: a *mark* says what kind the time belongs to from there on, until
-the next mark. Stretches can neither overlap nor leave a gap, so they add up to the step. A mark is one CUDA event, which
-nobody waits for, or one reading of the clock on a CPU.
+the next mark. Stretches can neither overlap nor leave a gap, so they add up to the step. A mark is one CUDA event,
+which nobody waits for, or one reading of the clock on a CPU.
 
 Forward, a half-block begins where its module is called. Backward, it begins where the gradient of its output is
 there, a hook on that tensor: one after the other, as the network is a chain. A recomputed half-block is called again on
 the way back and counts for its kind. Hooks change no value, and they are there in measured steps only.
 
-    gdn, attention, dense, moe   half-blocks of the main network, with their tensor-, context- and expert-parallel exchanges
+    gdn, attention, dense, moe   half-blocks of the main network; exchanges within them (tensor, context, expert) included
     heads                        embedding, rotary angles, final norm, output head, both losses
     mtp                          the MTP block with its half-blocks and its embedding
     communication                waiting for other pipeline stages; reducing and dividing gradients; summing the loss
@@ -29,10 +29,9 @@ import torch.distributed as dist
 
 from boreal_megatron import platform
 from boreal_megatron.plan import flops
+from boreal_megatron.profile.rates import LETTERS
 
 KINDS = (*flops.KINDS, "communication", "optimizer", "data", "idle")
-LETTERS = {"*": "attention", "G": "gdn", "-": "dense", "E": "moe"}
-WAITS = ("communication", "idle", "data")  # what a rank does while others work
 
 
 class Span(NamedTuple):
@@ -189,8 +188,8 @@ def by_name(spans):
 
 
 def mean_over_ranks(seconds, mesh):
-    """Mean over all ranks of each kind's seconds: with pipeline stages no rank has all kinds, and the share of a kind in
-    the mean is its share of all devices' time."""
+    """Mean over all ranks of each kind's seconds. With pipeline stages no rank has all kinds; a kind's share of the
+    mean is its share of all devices' time."""
     total = torch.tensor([seconds[kind] for kind in KINDS], dtype=torch.float64, device=mesh.device)
     dist.all_reduce(total)
     return dict(zip(KINDS, (total / mesh.world).tolist(), strict=True))

@@ -34,7 +34,7 @@ def sleepy(module, args, out):
 
 @contextlib.contextmanager
 def sleeping(chunk):
-    """A place inside of every kind of layer that sleeps: its mixer, its feed-forward, the embedding, the MTP block's."""
+    """A place inside of every kind of layer sleeps."""
     attention, dense, gdn, moe = chunk.decoder.layers[:4]
     places = [attention.self_attention, dense.mlp, gdn.self_attention, moe.mlp, chunk.embedding.word_embeddings]
     places += [chunk.mtp.layers[0].eh_proj, chunk.decoder.final_norm]

@@ -1,0 +1,49 @@
+"""`boreal profile`: parse, run a few steps on all ranks, print on the first."""
+
+import json
+import os
+
+
+def add_parser(verbs, config_arguments):
+    p = verbs.add_parser("profile", help="where a step's time goes: a few real steps, under torchrun or alone")
+    config_arguments(p)
+    p.add_argument("--steps", type=int, default=3, help="timed steps")
+    p.add_argument("--warmup", type=int, default=2, help="steps before them")
+    p.add_argument("--phase", metavar="NAME", help="the phase to train in (default: the first)")
+    p.add_argument("--out", default="profile", help="the folder to write; an earlier profile there is replaced")
+    p.add_argument("--compare", metavar="OTHER", help="an earlier profile's folder: what got slower since")
+    p.add_argument("--json", action="store_true", help="the summary, for programs")
+    p.set_defaults(run=run)
+
+
+def run(args):
+    from boreal_megatron.cli import load_config
+    from boreal_megatron.log import bar, quiet
+
+    config = load_config(args.config)
+    # The profiler remarks on a missing GPU, on its own starting and on blocks older than itself.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    quiet()
+    from boreal_megatron import parallel
+    from boreal_megatron.profile.compare import render
+    from boreal_megatron.profile.run import profile
+
+    with bar("profiling", "steps") as progress:
+        summary = profile(
+            config,
+            world=int(os.environ.get("WORLD_SIZE", 1)),
+            out=args.out,
+            steps=args.steps,
+            warmup=args.warmup,
+            phase=args.phase,
+            baseline=args.compare,
+            progress=progress if os.environ.get("RANK", "0") == "0" else lambda done, total: None,
+        )
+    if summary is not None:
+        print(
+            json.dumps(summary)
+            if args.json
+            else f"{render(summary)}\n{args.out}: open report.html, and trace.json.gz at ui.perfetto.dev"
+        )
+    parallel.stop()
