@@ -64,7 +64,7 @@ def parser():
     from boreal_megatron.plan import cli as plan_cli
     from boreal_megatron.profile import cli as profile_cli
 
-    profile_cli.add_parser(verbs, config_arguments)
+    profile_cli.add_parser(verbs)
     plan_cli.add_parser(verbs)
     data_cli.add_parser(verbs)
 

@@ -1,12 +1,18 @@
-"""`boreal profile`: parse, run a few steps on all ranks, print on the first."""
+"""`boreal profile`: parse, run a few steps on all ranks, print on the first; or compare what two runs of it wrote."""
 
+import contextlib
 import json
 import os
+from pathlib import Path
 
 
-def add_parser(verbs, config_arguments):
+def add_parser(verbs):
     p = verbs.add_parser("profile", help="where a step's time goes: a few real steps, under torchrun or alone")
-    config_arguments(p)
+    p.add_argument(
+        "config",
+        nargs="+",
+        help="YAML files and a.b.c=value overrides; or, with --compare, a profile's folder: then nothing is run",
+    )
     p.add_argument("--steps", type=int, default=3, help="timed steps")
     p.add_argument("--warmup", type=int, default=2, help="steps before them")
     p.add_argument("--phase", metavar="NAME", help="the phase to train in (default: the first)")
@@ -17,6 +23,23 @@ def add_parser(verbs, config_arguments):
 
 
 def run(args):
+    from boreal_megatron.profile.compare import compare, load, render
+
+    if args.compare and Path(args.config[0]).is_dir():
+        summary = load(args.config[0])
+        summary["comparison"] = compare(summary, load(args.compare))
+        print(json.dumps(summary) if args.json else render(summary))
+        return
+    summary = _profile(args)
+    if summary is not None:
+        look = f"{args.out}: open report.html, and trace.json.gz at ui.perfetto.dev"
+        print(json.dumps(summary) if args.json else f"{render(summary)}\n{look}")
+    from boreal_megatron import parallel
+
+    parallel.stop()
+
+
+def _profile(args):
     from boreal_megatron.cli import load_config
     from boreal_megatron.log import bar, quiet
 
@@ -25,12 +48,11 @@ def run(args):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     quiet()
-    from boreal_megatron import parallel
-    from boreal_megatron.profile.compare import render
     from boreal_megatron.profile.run import profile
 
-    with bar("profiling", "steps") as progress:
-        summary = profile(
+    first = os.environ.get("RANK", "0") == "0"
+    with bar("profiling", "steps") if first else contextlib.nullcontext(lambda done, total: None) as progress:
+        return profile(
             config,
             world=int(os.environ.get("WORLD_SIZE", 1)),
             out=args.out,
@@ -38,12 +60,5 @@ def run(args):
             warmup=args.warmup,
             phase=args.phase,
             baseline=args.compare,
-            progress=progress if os.environ.get("RANK", "0") == "0" else lambda done, total: None,
+            progress=progress,
         )
-    if summary is not None:
-        print(
-            json.dumps(summary)
-            if args.json
-            else f"{render(summary)}\n{args.out}: open report.html, and trace.json.gz at ui.perfetto.dev"
-        )
-    parallel.stop()

@@ -1,7 +1,33 @@
 """What got slower between two profiles, and the profile as text. Summaries are `run.profile`'s. No torch."""
 
+import json
+from pathlib import Path
+
+from boreal_megatron.errors import BorealError
+
+MADE_BY, SUMMARY = "boreal profile", "summary.json"
 SHOWN = 8  # rows of each list, for people
 NOT_THE_WORK = ("checkpoint", "evaluation", "log", "seed")  # parts of a configuration that no profile depends on
+
+
+def load(path):
+    """The summary of a profile.
+
+    Args:
+        path: its folder or its summary.json.
+
+    Raises:
+        BorealError: it is none.
+    """
+    path = Path(path)
+    path = path / SUMMARY if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BorealError(f"{path} is no profile: {error}; name a folder that boreal profile wrote") from None
+    if not isinstance(found, dict) or found.get("made_by") != MADE_BY:
+        raise BorealError(f"{path} is no profile: it says nothing of {MADE_BY!r}; name a folder that it wrote")
+    return found
 
 
 def compare(now, before):

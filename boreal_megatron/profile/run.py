@@ -25,8 +25,6 @@ from boreal_megatron.page import need_matplotlib
 from boreal_megatron.profile import compare, rates, report, timers, trace, traffic
 from boreal_megatron.train import checkpoint, step as train_step
 
-MADE_BY = "boreal profile"
-SUMMARY = "summary.json"
 TRACED = 2  # steps, of which the first warms the profiler up
 
 
@@ -54,7 +52,7 @@ def profile(config, *, world, out, steps=3, warmup=2, phase=None, baseline=None,
     need_matplotlib("profile")
     out, [phase] = Path(out), alone.phases
     mesh = parallel.start(alone.parallel, alone.seed)
-    before = checkpoint.first_rank(load, baseline) if baseline else None
+    before = checkpoint.first_rank(compare.load, baseline) if baseline else None
     partial = checkpoint.first_rank(_begin, out)
     try:
         with contextlib.closing(Loader(alone, mesh.dp_rank, mesh.dp_size, mesh.device, mesh.context)) as loader:
@@ -65,7 +63,7 @@ def profile(config, *, world, out, steps=3, warmup=2, phase=None, baseline=None,
         if before:
             summary["comparison"] = compare.compare(summary, before)
         with write_errors(out):
-            write_atomically(partial / SUMMARY, json.dumps(summary, indent=1))
+            write_atomically(partial / compare.SUMMARY, json.dumps(summary, indent=1))
             memory = json.loads((partial / trace.MEMORY).read_text())["timeline"]
             write_atomically(partial / report.PAGE, report.page(summary, memory))
             if out.exists():
@@ -75,26 +73,6 @@ def profile(config, *, world, out, steps=3, warmup=2, phase=None, baseline=None,
     finally:
         if mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def load(path):
-    """The summary of a profile.
-
-    Args:
-        path: its folder or its summary.json.
-
-    Raises:
-        BorealError: it is none.
-    """
-    path = Path(path)
-    path = path / SUMMARY if path.is_dir() else path
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BorealError(f"{path} is no profile: {error}; name a folder that boreal profile wrote") from None
-    if not isinstance(found, dict) or found.get("made_by") != MADE_BY:
-        raise BorealError(f"{path} is no profile: it says nothing of {MADE_BY!r}; name a folder that it wrote")
-    return found
 
 
 def _request(config, steps, warmup, phase):
@@ -119,7 +97,7 @@ def _begin(out):
     if out.exists():
         if not out.is_dir() or any(out.iterdir()):
             try:
-                load(out)
+                compare.load(out)
             except BorealError:
                 raise BorealError(
                     f"{out} exists and is no profile; expected a new folder, or one that boreal profile wrote: name "
@@ -192,7 +170,7 @@ def _summary(config, phase, world, ranks, traced, steps, warmup):
     speed = rates.of_step(config, phase, world, seconds, limits)
     slowest = max(ranks, key=rates.working_seconds)
     return {
-        "made_by": MADE_BY,
+        "made_by": compare.MADE_BY,
         "made_at": time.strftime("%Y-%m-%d %H:%M:%S"),
         "device": device or "CPU",
         "world": world,

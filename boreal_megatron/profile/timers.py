@@ -8,7 +8,7 @@ Forward, a half-block begins where its module is called. Backward, it begins whe
 there, a hook on that tensor: one after the other, as the network is a chain. A recomputed half-block is called again on
 the way back and counts for its kind. Hooks change no value, and they are there in measured steps only.
 
-    gdn, attention, dense, moe   half-blocks of the main network; exchanges within them (tensor, context, expert) included
+    gdn, attention, dense, moe   half-blocks of the main network, tensor, context and expert exchanges included
     heads                        embedding, rotary angles, final norm, output head, both losses
     mtp                          the MTP block with its half-blocks and its embedding
     communication                waiting for other pipeline stages; reducing and dividing gradients; summing the loss

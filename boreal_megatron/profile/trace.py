@@ -36,8 +36,8 @@ def nsys_range(device):
 
 
 def record(take, folder, device):
-    """Take two steps under torch.profiler, the first to warm it up; leave the raw trace of the second and, on a GPU, the
-    allocator's snapshot.
+    """Take two steps under torch.profiler, the first to warm it up; leave the raw trace of the second and, on a GPU,
+    the allocator's snapshot.
 
     Args:
         take: takes a step.
