@@ -96,7 +96,7 @@ def heading(summary):
     )
 
 
-TITLES = ("kind", "ms a step", "share", "GFLOP", "TFLOP/s", "GB", "GB/s", "of roofline")
+TITLES = ("kind", "ms a step", "share", "collectives", "GFLOP", "TFLOP/s", "GB", "GB/s", "of roofline")
 
 
 def rows(summary):
@@ -113,6 +113,7 @@ def rows(summary):
                 kind,
                 f"{row['seconds'] * 1000:,.2f}",
                 f"{row['share']:.1%}",
+                f"{row['collectives']:.1%}" if row["collectives"] else "-",
                 number(row["flops"], 1e9),
                 number(row["teraflops"]),
                 number(row["bytes"], 1e9),
@@ -126,7 +127,9 @@ def rows(summary):
 def render(summary):
     """A summary for people."""
     lines = [heading(summary), *_aligned([TITLES, *rows(summary)])]
-    lines.append("(GFLOP and GB: computed from shapes, the whole run's step; rates: a device's)")
+    lines.append(
+        "(collectives: share of the kind's time, with waiting; GFLOP and GB: computed, of the whole run's step)"
+    )
     if summary["world"] > 1:
         lines.append(slowest(summary))
     if "comparison" in summary:
@@ -137,10 +140,10 @@ def render(summary):
 def slowest(summary):
     """Who holds the others up."""
     found = summary["slowest_rank"]
-    mean = sum(sum(r["step_seconds"]) for r in summary["ranks"]) / len(summary["ranks"]) / summary["timed_steps"]
+    whole = sum(summary["ranks"][found["rank"]]["traced"]["kinds"].values())
     return (
-        f"slowest rank: {found['rank']} on {found['host']}, at work {found['seconds'] * 1000:,.1f} ms of a step of "
-        f"{mean * 1000:,.1f} ms; the others wait for it"
+        f"slowest rank: {found['rank']} on {found['host']}, at work of its own for {found['seconds'] * 1000:,.1f} ms "
+        f"of the traced step's {whole * 1000:,.1f}; the others wait for it"
     )
 
 

@@ -3,6 +3,8 @@
 FLOPs are the model's (`plan.flops`): a window counts as one document, recomputation does not count.
 """
 
+from collections import Counter
+
 from boreal_megatron.plan import flops, hardware
 
 TERA, GIGA = 1e12, 1e9
@@ -47,18 +49,19 @@ def of_step(config, phase, world, seconds, limits, kind_seconds=None):
     return {"teraflops": rate / TERA, "mfu": rate / limits[0] if limits else None, "kind_mfu": shares}
 
 
-def table(seconds, work, moved, world, limits):
+def table(seconds, work, moved, exchanges, world, limits):
     """A row for each kind of time.
 
     Args:
         seconds: {kind: seconds of a step, mean over ranks}.
-        work: `step_flops`. moved: `traffic.step_bytes`, computed, not measured.
+        work: `step_flops`. moved: `traffic.step_bytes`, computed, not measured. exchanges: `exchanged`.
         limits: `peak`.
 
     Returns:
-        {kind: dict}: `seconds`, `share` of the step; `flops` and `bytes` of the whole run's step, None where there are
-        none; a device's `teraflops` and `gigabytes_per_second`; `roofline`, the least time that the device would need
-        for either, as a share of the time it took, None where its peaks are not known.
+        {kind: dict}: `seconds`, `share` of the step; `collectives`, the share of it in collectives; `flops` and `bytes`
+        of the whole run's step, None where there are none; a device's `teraflops` and `gigabytes_per_second`;
+        `roofline`, the least time that the device would need for either, as a share of the time it took, None where its
+        peaks are not known.
     """
     whole, rows = sum(seconds.values()), {}
     for kind, took in seconds.items():
@@ -67,6 +70,7 @@ def table(seconds, work, moved, world, limits):
         rows[kind] = {
             "seconds": took,
             "share": took / whole,
+            "collectives": exchanges.get(kind, 0.0),
             "flops": flops_,
             "teraflops": flops_ / world / took / TERA if flops_ and took else None,
             "bytes": bytes_,
@@ -76,9 +80,20 @@ def table(seconds, work, moved, world, limits):
     return rows
 
 
-def working_seconds(rank):
-    """Seconds of a step in which a rank did not wait."""
-    return sum(seconds for kind, seconds in rank["kinds"].items() if kind not in WAITS)
+def exchanged(ranks):
+    """{kind: share of its time that went into collectives}, transfer and waiting, in the traced step of all ranks."""
+    took, within = Counter(), Counter()
+    for rank in ranks:
+        took.update(rank["traced"]["kinds"])
+        within.update(rank["traced"]["collectives"])
+    return {kind: within[kind] / took[kind] for kind in within}
+
+
+def own_seconds(rank):
+    """Seconds of the traced step in which a rank was at work of its own, outside of collectives: a rank that waits for
+    others waits in them, within its layers too."""
+    kinds, collectives = rank["traced"]["kinds"], rank["traced"]["collectives"]
+    return sum(seconds - collectives.get(kind, 0.0) for kind, seconds in kinds.items() if kind not in WAITS)
 
 
 def parts(ranks):

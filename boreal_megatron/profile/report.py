@@ -40,7 +40,8 @@ def _sections(summary, memory):
     yield "<h2>Kinds of time</h2>" + _kinds(summary)
     yield parts.table(compare.TITLES, compare.rows(summary))
     yield (
-        "<p>Time is measured: the mean over timed steps and ranks. GFLOP and GB are computed from shapes, for the "
+        "<p>Time is measured: the mean over timed steps and ranks. Collectives are the share of a kind's time in them, "
+        "in the traced step, waiting for other ranks included. GFLOP and GB are computed from shapes, for the "
         "whole run's step; TFLOP/s and GB/s are a device's. The roofline is the least time that the device needs for "
         "these FLOPs or these bytes, and the share is of the time it took.</p>\n"
     )

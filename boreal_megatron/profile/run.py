@@ -8,6 +8,7 @@ import contextlib
 import json
 import shutil
 import socket
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -144,17 +145,21 @@ def _measure(config, mesh, loader, steps, warmup, partial, progress):
         "kinds": _mean([timers.by_kind(spans, seconds) for seconds, spans in each]),
         "parts": _mean([timers.by_name(spans) for _, spans in each]),
     }
-    ranks = [None] * mesh.world
-    dist.all_gather_object(ranks, mine)
-
-    if mesh.rank:
-        for _ in range(TRACED):
-            take()
-        return ranks, None
+    # Every rank is traced: what it waited in collectives is seen nowhere else, and all are slowed down alike.
     clock = timers.Clock(wrapped, mesh, torch.profiler.record_function)
-    with write_errors(partial):
-        raw = trace.record(lambda: take(clock), partial, mesh.device)
-        return ranks, trace.finish(raw, {name: kind for kind, name, _ in clock.taken})
+    beside = None if mesh.rank else partial.parent  # other ranks may not see the folder
+    with write_errors(partial), tempfile.TemporaryDirectory(dir=beside, prefix=partial.name) as raw_folder:
+        raw = trace.record(lambda: each.append((take(clock), clock.spans())), Path(raw_folder), mesh.device)
+        seen = trace.Trace(raw, {name: kind for kind, name, _ in clock.taken})
+        seconds, spans = each[-1]
+        mine["traced"] = {"kinds": timers.by_kind(spans, seconds), "collectives": seen.collectives()}
+        ranks = [None] * mesh.world
+        dist.all_gather_object(ranks, mine)
+        if mesh.rank:
+            return ranks, None
+        for snapshot in Path(raw_folder).glob(trace.SNAPSHOT):
+            snapshot.rename(partial / snapshot.name)
+        return ranks, {"operators": seen.operators(), "memory": {"peak_bytes": seen.write(partial)}}
 
 
 def _mean(dicts):
@@ -168,7 +173,7 @@ def _summary(config, phase, world, ranks, traced, steps, warmup):
     seconds = sum(sum(rank["step_seconds"]) for rank in ranks) / (steps * world)
     kinds = _mean([rank["kinds"] for rank in ranks])
     speed = rates.of_step(config, phase, world, seconds, limits)
-    slowest = max(ranks, key=rates.working_seconds)
+    slowest = max(ranks, key=rates.own_seconds)
     return {
         "made_by": compare.MADE_BY,
         "made_at": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -184,11 +189,16 @@ def _summary(config, phase, world, ranks, traced, steps, warmup):
         "teraflops": speed["teraflops"],
         "mfu": speed["mfu"],
         "kinds": rates.table(
-            kinds, rates.step_flops(config, phase), traffic.step_bytes(config, phase, world), world, limits
+            kinds,
+            rates.step_flops(config, phase),
+            traffic.step_bytes(config, phase, world),
+            rates.exchanged(ranks),
+            world,
+            limits,
         ),
         "parts": rates.parts(ranks),
         "ranks": ranks,
-        "slowest_rank": {"rank": slowest["rank"], "host": slowest["host"], "seconds": rates.working_seconds(slowest)},
+        "slowest_rank": {"rank": slowest["rank"], "host": slowest["host"], "seconds": rates.own_seconds(slowest)},
         "operators": traced["operators"],
         "memory": traced["memory"],
         "config": config.model_dump(mode="json"),

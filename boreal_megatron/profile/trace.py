@@ -61,88 +61,89 @@ def record(take, folder, device):
     return raw
 
 
-def finish(raw, kinds):
-    """Make of the raw trace what people look at.
-
-    The trace is written beside it with the stretches on a track of their own, so is memory over time; the raw one is
-    deleted.
+class Trace:
+    """One step of one rank as the profiler saw it.
 
     Args:
+        raw: path of the trace that the profiler wrote.
         kinds: {name of a stretch: kind}.
-
-    Returns:
-        dict: `operators` (as `operators`), `memory` {"peak_bytes": {kind: bytes}}, empty where nothing was allocated.
 
     Raises:
         BorealError: there is no whole trace.
     """
-    try:
-        trace = json.loads(raw.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # the profiler tells its log, and nobody else
-        raise BorealError(
-            f"{raw}: cannot be written by torch.profiler; expected room for some 100 MB: free some space (or raise the "
-            "quota or file-size limit), or write to another disk with --out, and run again",
-            STORAGE,
-        ) from None
-    events = trace["traceEvents"]
-    spans = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in kinds]
-    for span in spans:
-        span["tid"] = TRACK
-    title = {"ph": "M", "pid": spans[0]["pid"], "tid": TRACK, "ts": 0}
-    events += [
-        {**title, "name": "thread_name", "args": {"name": "step, by kind of layer"}},
-        {**title, "name": "thread_sort_index", "args": {"sort_index": -1}},
-    ]
-    with gzip.open(raw.with_name(TRACE), "wt", compresslevel=6) as file:
-        json.dump(trace, file)
-    raw.unlink()
-    starts = sorted((span["ts"], kinds[span["name"]]) for span in spans)
 
-    def kind_at(moment):
-        place = bisect.bisect_right(starts, moment, key=lambda start: start[0])
-        return starts[place - 1][1] if place else "idle"
+    def __init__(self, raw, kinds):
+        try:
+            self.whole = json.loads(raw.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):  # the profiler tells its log, and nobody else
+            raise BorealError(
+                f"{raw}: cannot be written by torch.profiler; expected room for some 100 MB: free some space (or raise "
+                "the quota or file-size limit), or write to another disk with --out, and run again",
+                STORAGE,
+            ) from None
+        events = self.whole["traceEvents"]
+        self.spans = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in kinds]
+        others = [e for e in events if e.get("ph") == "X" and e["name"] not in kinds]
+        self.host = [e for e in others if e.get("cat") == "cpu_op"]
+        self.device = [e for e in others if e.get("cat") in DEVICE]
+        self.gloo = [e for e in others if e.get("cat") == "user_annotation" and e["name"].startswith("gloo:")]
+        self.launched = {e["args"]["External id"]: e["ts"] for e in self.host if "External id" in e.get("args", {})}
+        self.starts = sorted((span["ts"], kinds[span["name"]]) for span in self.spans)
 
-    memory = memory_over_time(events)
-    peak = defaultdict(int)
-    for moment, allocated in memory:
-        peak[kind_at(moment)] = max(peak[kind_at(moment)], allocated)
-    begin = starts[0][0]
-    over_time = {
-        "unit": "[ms since the traced step began, bytes allocated, kind]",
-        "timeline": [[round((moment - begin) / 1000, 3), bytes_, kind_at(moment)] for moment, bytes_ in memory],
-    }
-    raw.with_name(MEMORY).write_text(json.dumps(over_time))
-    return {"operators": operators(events, kinds, kind_at), "memory": {"peak_bytes": dict(peak)}}
+    def kind_at(self, moment):
+        """The kind that the host was at."""
+        place = bisect.bisect_right(self.starts, moment, key=lambda start: start[0])
+        return self.starts[place - 1][1] if place else "idle"
 
+    def kind_of(self, event):
+        """The kind of what runs on the device is that of the operator that launched it."""
+        return self.kind_at(self.launched.get(event.get("args", {}).get("External id"), event["ts"]))
 
-def operators(events, kinds, kind_at):
-    """Operators, or kernels where the trace has some, by their own time.
+    def operators(self):
+        """Operators, or kernels where there are some, by their own time.
 
-    Args:
-        events: the trace's. kinds: {name of a stretch: kind}.
-        kind_at: moment -> the kind that the host was at. A kernel's kind is that of the operator that launched it.
+        Returns:
+            list of {"name", "kind", "calls", "seconds"}, the longest first.
+        """
+        own = [(e, e["dur"]) for e in self.device] or own_time(self.host)
+        calls, sums = defaultdict(int), defaultdict(float)
+        for event, micros in own:
+            key = event["name"], self.kind_of(event)
+            calls[key] += 1
+            sums[key] += micros * MICRO
+        found = [{"name": n, "kind": k, "calls": calls[n, k], "seconds": total} for (n, k), total in sums.items()]
+        return sorted(found, key=lambda each: -each["seconds"])
 
-    Returns:
-        list of {"name", "kind", "calls", "seconds"}, the longest first.
-    """
-    complete = [e for e in events if e.get("ph") == "X" and e["name"] not in kinds]
-    host = [e for e in complete if e.get("cat") == "cpu_op"]
-    launched = {e["args"]["External id"]: e["ts"] for e in host if "External id" in e.get("args", {})}
-    device = [e for e in complete if e.get("cat") in DEVICE]
-    if device:
-        own = [(e, e["dur"], launched.get(e["args"].get("External id"), e["ts"])) for e in device]
-    else:
-        own = [(e, seconds, e["ts"]) for e, seconds in own_time(host)]
-    calls, sums = defaultdict(int), defaultdict(float)
-    for event, micros, moment in own:
-        key = event["name"], kind_at(moment)
-        calls[key] += 1
-        sums[key] += micros * MICRO
-    found = [
-        {"name": name, "kind": kind, "calls": calls[name, kind], "seconds": total}
-        for (name, kind), total in sums.items()
-    ]
-    return sorted(found, key=lambda each: -each["seconds"])
+    def collectives(self):
+        """{kind: seconds that its collectives took}, waiting for the other ranks included."""
+        sums = defaultdict(float)
+        for event in [*self.gloo, *(e for e in self.device if e["name"].startswith("nccl"))]:
+            sums[self.kind_of(event)] += event["dur"] * MICRO
+        return dict(sums)
+
+    def write(self, folder):
+        """The trace for Perfetto, with the stretches on a track of their own, and memory over time.
+
+        Returns:
+            {kind: most bytes allocated during it}.
+        """
+        begin, track = self.starts[0][0], {"ph": "M", "pid": self.spans[0]["pid"], "tid": TRACK, "ts": 0}
+        for span in self.spans:
+            span["tid"] = TRACK
+        self.whole["traceEvents"] += [
+            {**track, "name": "thread_name", "args": {"name": "step, by kind of layer"}},
+            {**track, "name": "thread_sort_index", "args": {"sort_index": -1}},
+        ]
+        with gzip.open(folder / TRACE, "wt", compresslevel=6) as file:
+            json.dump(self.whole, file)
+        peak, timeline = defaultdict(int), []
+        for moment, allocated in memory_over_time(self.whole["traceEvents"]):
+            kind = self.kind_at(moment)
+            peak[kind] = max(peak[kind], allocated)
+            timeline.append([round((moment - begin) / 1000, 3), allocated, kind])
+        unit = "[ms since the traced step began, bytes allocated, kind]"
+        (folder / MEMORY).write_text(json.dumps({"unit": unit, "timeline": timeline}))
+        return dict(peak)
 
 
 def own_time(events):

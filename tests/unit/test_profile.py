@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -179,16 +180,22 @@ def test_a_full_disk_is_said_and_leaves_nothing(config, mesh, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kernels_have_the_kind_of_the_operator_that_launched_them():
+def test_kernels_have_the_kind_of_the_operator_that_launched_them(tmp_path):
     """Events as the profiler writes them on a GPU, where kernels run later than the host is at."""
     events = [
+        {"ph": "X", "cat": "user_annotation", "name": "forward gdn 1", "ts": 0.0, "dur": 500.0, "tid": 1},
+        {"ph": "X", "cat": "user_annotation", "name": "optimizer", "ts": 500.0, "dur": 500.0, "tid": 1},
         {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 10.0, "dur": 5.0, "tid": 1, "args": {"External id": 7}},
         {"ph": "X", "cat": "kernel", "name": "gemm", "ts": 900.0, "dur": 40.0, "tid": 9, "args": {"External id": 7}},
+        {"ph": "X", "cat": "kernel", "name": "ncclDevKernel", "ts": 940.0, "dur": 9.0, "args": {"External id": 7}},
         {"ph": "X", "cat": "gpu_memset", "name": "Memset", "ts": 960.0, "dur": 2.0, "tid": 9, "args": {}},
     ]
-    found = trace.operators(events, {"forward gdn 1": "gdn"}, lambda moment: "gdn" if moment < 500 else "optimizer")
-    assert found == [
+    (tmp_path / "raw").write_text(json.dumps({"traceEvents": events}))
+    found = trace.Trace(tmp_path / "raw", {"forward gdn 1": "gdn", "optimizer": "optimizer"})
+    assert found.collectives() == {"gdn": pytest.approx(9e-6)}
+    assert found.operators() == [
         {"name": "gemm", "kind": "gdn", "calls": 1, "seconds": pytest.approx(40e-6)},
+        {"name": "ncclDevKernel", "kind": "gdn", "calls": 1, "seconds": pytest.approx(9e-6)},
         {"name": "Memset", "kind": "optimizer", "calls": 1, "seconds": pytest.approx(2e-6)},
     ]
 
@@ -196,12 +203,13 @@ def test_kernels_have_the_kind_of_the_operator_that_launched_them():
 def test_rooflines_take_the_tighter_of_both_limits():
     rows = rates.table(
         {"dense": 2.0, "heads": 1.0, "idle": 1.0}, {"dense": 4e12, "heads": 1e12}, {"dense": 1e9, "heads": 1e12},
-        world=2, limits=(4e12, 1e12),
+        {"dense": 0.25}, world=2, limits=(4e12, 1e12),
     )  # fmt: skip
     assert rows["dense"]["roofline"] == pytest.approx(0.5 / 2)  # 4e12 FLOPs over 2 devices
     assert rows["heads"]["roofline"] == pytest.approx(0.5 / 1)  # 1e12 bytes over 2 devices
     assert rows["dense"]["teraflops"] == 1.0 and rows["heads"]["gigabytes_per_second"] == 500.0
-    assert rows["idle"] == {**dict.fromkeys(rows["idle"]), "seconds": 1.0, "share": 0.25}
+    assert rows["idle"] == {**dict.fromkeys(rows["idle"]), "seconds": 1.0, "share": 0.25, "collectives": 0.0}
+    assert rows["dense"]["collectives"] == 0.25
 
 
 def test_bytes_of_a_step_by_hand(config):
@@ -220,23 +228,54 @@ def test_bytes_of_a_step_by_hand(config):
     assert traffic.step_bytes(config, phase, 2)["moe"] - traffic.step_bytes(cut, phase, 2)["moe"] == 3 * 4 * experts
 
 
+def profiled_by_two(folder, corpus, script, *words):
+    """The summary of two processes under torchrun."""
+    file = write_config(folder / "config.yaml", corpus, folder / "run")
+    torchrun = command(2)[: -len(["-m", "boreal_megatron"])]
+    words = [*torchrun, script, file, *words, "--phase", "recovery", "--out", folder / "out", "--json"]
+    done = subprocess.run(words, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    assert json.loads(done.stdout) == summary and "slowest rank" in render(summary)
+    assert sorted(p.name for p in folder.iterdir() if p != Path(script)) == ["config.yaml", "out"]
+    return summary
+
+
 @pytest.mark.slow
 def test_two_pipeline_stages_under_torchrun(corpus, tmp_path):
     """Every rank is measured, the waiting shows, rank 0 writes."""
-    file = write_config(tmp_path / "config.yaml", corpus, tmp_path / "run")
-    torchrun = command(2)[: -len(["-m", "boreal_megatron"])]
-    words = [file, "parallel.pipeline=2", "--phase", "recovery", "--out", tmp_path / "out", "--json"]
-    words = [*torchrun, "tools/profile_throughput.py", *words]
-    done = subprocess.run(words, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-6000:]
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert json.loads(done.stdout) == summary
+    summary = profiled_by_two(tmp_path, corpus, "tools/profile_throughput.py", "parallel.pipeline=2")
     first, last = summary["ranks"]
     assert first["kinds"]["mtp"] == 0 < last["kinds"]["mtp"]
     assert "forward attention 1" in first["parts"] and "forward attention 1" not in last["parts"]
     for rank in summary["ranks"]:
         assert rank["kinds"]["communication"] > 0
         assert sum(rank["kinds"].values()) == pytest.approx(sum(rank["step_seconds"]) / 3)
-    busiest = max(summary["ranks"], key=rates.working_seconds)
-    assert summary["slowest_rank"]["rank"] == busiest["rank"] and "slowest rank" in render(summary)
-    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_holds_the_other_up_is_named(corpus, tmp_path):
+    """The other waits for it within its experts' exchange, which must not count as its own work."""
+    script = tmp_path / "slow_rank.py"
+    script.write_text(SLOW_RANK)
+    summary = profiled_by_two(tmp_path, corpus, script, "parallel.expert=2")
+    waiting, slow = summary["ranks"]
+    assert summary["slowest_rank"]["rank"] == 1
+    assert slow["kinds"]["gdn"] - waiting["kinds"]["gdn"] > 0.5 < waiting["kinds"]["moe"] - slow["kinds"]["moe"]
+    assert waiting["traced"]["collectives"]["moe"] > 0.5 and summary["kinds"]["moe"]["collectives"] > 0.2
+
+
+SLOW_RANK = """
+import os, sys, time
+from boreal_megatron import cli
+from boreal_megatron.model.gated_deltanet import GatedDeltaNet
+
+original = GatedDeltaNet.forward
+
+def slow(self, *args, **kwargs):
+    time.sleep(0.2 if os.environ["RANK"] == "1" else 0)
+    return original(self, *args, **kwargs)
+
+GatedDeltaNet.forward = slow
+sys.exit(cli.main(["profile", *sys.argv[1:]]))
+"""
