@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 
+from boreal_megatron.errors import BorealError
+
 
 def add_parser(verbs):
     p = verbs.add_parser("profile", help="where a step's time goes: a few real steps, under torchrun or alone")
@@ -30,35 +32,35 @@ def run(args):
         summary["comparison"] = compare(summary, load(args.compare))
         print(json.dumps(summary) if args.json else render(summary))
         return
-    summary = _profile(args)
-    if summary is not None:
-        look = f"{args.out}: open report.html, and trace.json.gz at ui.perfetto.dev"
-        print(json.dumps(summary) if args.json else f"{render(summary)}\n{look}")
-    from boreal_megatron import parallel
-
-    parallel.stop()
-
-
-def _profile(args):
     from boreal_megatron.cli import load_config
     from boreal_megatron.log import bar, quiet
 
-    config = load_config(args.config)
+    config, world = load_config(args.config), int(os.environ.get("WORLD_SIZE", 1))
     # The profiler remarks on a missing GPU, on its own starting and on blocks older than itself.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     quiet()
+    from boreal_megatron import parallel
     from boreal_megatron.profile.run import profile
 
     first = os.environ.get("RANK", "0") == "0"
-    with bar("profiling", "steps") if first else contextlib.nullcontext(lambda done, total: None) as progress:
-        return profile(
-            config,
-            world=int(os.environ.get("WORLD_SIZE", 1)),
-            out=args.out,
-            steps=args.steps,
-            warmup=args.warmup,
-            phase=args.phase,
-            baseline=args.compare,
-            progress=progress,
-        )
+    try:
+        with bar("profiling", "steps") if first else contextlib.nullcontext(lambda done, total: None) as progress:
+            summary = profile(
+                config,
+                world=world,
+                out=args.out,
+                steps=args.steps,
+                warmup=args.warmup,
+                phase=args.phase,
+                baseline=args.compare,
+                progress=progress,
+            )
+    except BorealError:
+        if world == 1:  # as in `boreal train`
+            parallel.stop()
+        raise
+    if summary is not None:
+        look = f"{args.out}: open report.html, and trace.json.gz at ui.perfetto.dev"
+        print(json.dumps(summary) if args.json else f"{render(summary)}\n{look}")
+    parallel.stop()

@@ -148,14 +148,15 @@ def test_all_differences_of_two_runs_are_told(profiled):
     }  # fmt: skip
 
 
-def test_wrong_requests_are_refused_all_at_once(corpus, mesh, tmp_path, capsys):
-    file = str(write_config(tmp_path / "config.yaml", corpus, tmp_path / "run"))
-    assert cli.main(["profile", file, "--steps", "0", "--warmup", "-1", "--phase", "annealing"]) == 1
-    said = capsys.readouterr().err
+def test_wrong_requests_are_refused_all_at_once(config, mesh, tmp_path):
+    with pytest.raises(BorealError) as refused:
+        profile(config, world=1, out=tmp_path / "out", steps=0, warmup=-1, phase="annealing")
+    said = str(refused.value)
     assert "3 problems" in said and "steps=0" in said and "warmup=-1" in said
     assert "the configuration has superposition, recovery" in said
-    assert cli.main(["profile", file, "--compare", str(tmp_path)]) == 1
-    assert "is no profile" in capsys.readouterr().err
+    with pytest.raises(BorealError, match="is no profile"):
+        profile(config, world=1, out=tmp_path / "out", baseline=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_something_else_is_kept(config, mesh, tmp_path):
