@@ -62,7 +62,9 @@ def parser():
 
     from boreal_megatron.data import cli as data_cli
     from boreal_megatron.plan import cli as plan_cli
+    from boreal_megatron.profile import cli as profile_cli
 
+    profile_cli.add_parser(verbs)
     plan_cli.add_parser(verbs)
     data_cli.add_parser(verbs)
 

@@ -75,7 +75,7 @@ class Saver:
         needed = 16 * params.count(self.config.model)["with_mtp"]
         self.flying = Saving(step, folder / f"{store.name(step)}.partial", record, began)
         try:
-            _first_rank(store.begin, folder, step, needed)
+            first_rank(store.begin, folder, step, needed)
             request = dist_checkpointing.save(
                 _sharded(self.config, wrapped, optimizer, self.mesh),
                 str(self.flying.partial),
@@ -133,7 +133,7 @@ class Saver:
             f"{time.perf_counter() - flying.began:.1f} s"
         )
         writers = range(self.mesh.world)
-        self.last_good = _first_rank(store.finish, flying.partial, self.config, flying.record, writers)
+        self.last_good = first_rank(store.finish, flying.partial, self.config, flying.record, writers)
         self.flying = None
         seconds = time.perf_counter() - flying.began
         waited = flying.waited if self.queue else seconds
@@ -177,7 +177,7 @@ def _shards(partial, rank):
     return sorted(Path(partial).glob(f"__{rank}_*.distcp"))
 
 
-def _first_rank(function, *args):
+def first_rank(function, *args):
     """Call a function on rank 0; its result or its BorealError on every rank."""
     said = [None, None]
     if dist.get_rank() == 0:
@@ -206,7 +206,7 @@ def find(options, mesh):
     Raises:
         ProblemsError: the latest one is damaged, and `checkpoint.fall_back` does not allow an earlier one.
     """
-    latest = _first_rank(_recovered, options.folder)
+    latest = first_rank(_recovered, options.folder)
     if latest is None:
         return None, []
     passed_over = []

@@ -21,13 +21,15 @@ RULES = {
     "durable.py": set(),
     "errors.py": set(),
     "log.py": {"torch", "tqdm"},
+    "page.py": {"matplotlib", f"{OWN}.errors"},
     "safe.py": {"torch", f"{OWN}.errors"},
     "compat.py": {"torch", "megatron", "packaging", f"{OWN}.errors", f"{OWN}.safe"},
     "parallel.py": {"torch", "megatron", f"{OWN}.compat", f"{OWN}.platform"} | CONFIG,
     "model": {"torch", "megatron", "boreal_kernels", f"{OWN}.model", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.compat"} | CONFIG,
-    "data": {"numpy", "torch", "megatron", "tokenizers", "gigatoken", "sentencepiece", "orjson", "pyarrow", "zstandard", "fsspec", "matplotlib", "tqdm", f"{OWN}.data", f"{OWN}.parallel"} | FILES | CONFIG,
-    "train": {"torch", "megatron", "nvidia_resiliency_ext", "yaml", "matplotlib", f"{OWN}.safe", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | FILES | CONFIG,
+    "data": {"numpy", "torch", "megatron", "tokenizers", "gigatoken", "sentencepiece", "orjson", "pyarrow", "zstandard", "fsspec", "tqdm", f"{OWN}.data", f"{OWN}.page", f"{OWN}.parallel"} | FILES | CONFIG,
+    "train": {"torch", "megatron", "nvidia_resiliency_ext", "yaml", "matplotlib", f"{OWN}.safe", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan", f"{OWN}.profile.rates", f"{OWN}.profile.timers"} | FILES | CONFIG,
     "dry_run.py": {"torch", "megatron", f"{OWN}.plan", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.model", f"{OWN}.train"} | CONFIG,
+    "profile": {"torch", "matplotlib", f"{OWN}.cli", f"{OWN}.profile", f"{OWN}.page", f"{OWN}.train", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | FILES | CONFIG,
     "convert": {"torch", "safetensors", f"{OWN}.safe", "transformers", "numpy", f"{OWN}.convert", f"{OWN}.train", f"{OWN}.data", f"{OWN}.model", f"{OWN}.parallel"} | FILES | CONFIG,
 }  # fmt: skip
 SOURCES = sorted((ROOT / OWN).rglob("*.py"))
