@@ -53,6 +53,10 @@ def parser():
     )  # fmt: skip
     p.set_defaults(run=train)
 
+    p = verbs.add_parser("doctor", help="what is installed, what each component buys, what is known to be wrong with it")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=doctor)
+
     p = verbs.add_parser("check", help="say everything that is wrong with a configuration")
     config_arguments(p)
     p.add_argument("--world", type=int, help="number of processes the run will have")
@@ -162,6 +166,21 @@ def check(args):
     with bar("dry run", "classes") as progress:
         found = dry_run(config, args.world, progress)
     print(json.dumps(found, indent=1) if args.json else table(found))
+
+
+def doctor(args):
+    from boreal_megatron.log import quiet
+
+    quiet()
+    from boreal_megatron import doctor as look
+
+    rows = look.examine()
+    failed = [row for row in rows if row["state"] in look.FAILURES]
+    if args.json:
+        print(json.dumps({"components": rows, "install": look.install_lines()}, indent=1))
+    else:
+        print("\n".join([look.table(rows), "", "on a GPU machine:", *look.install_lines()]))
+    return int(bool(failed))
 
 
 def plan_params(args):
