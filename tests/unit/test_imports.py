@@ -14,7 +14,7 @@ DATA_WITH_TORCH = {"batch"}
 # Package or file -> everything outside the standard library that it may import.
 RULES = {
     "config": {"pydantic", "yaml"} | CONFIG,
-    "plan": CONFIG | {f"{OWN}.plan"},
+    "plan": {"pydantic"} | CONFIG | {f"{OWN}.plan"},
     "platform": {"torch", "megatron", f"{OWN}.platform"},
     "durable.py": set(),
     "errors.py": set(),
