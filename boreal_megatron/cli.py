@@ -57,6 +57,13 @@ def parser():
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=doctor)
 
+    p = verbs.add_parser("preflight", help="prove the machines of a launch before its first step; start it with torchrun as the run itself")
+    config_arguments(p)
+    p.add_argument("--folder", help="where to try the storage; default: checkpoint.folder")
+    p.add_argument("--timeout", type=float, default=180.0, metavar="SECONDS", help="without a word, after which a rank counts as hung; default: %(default)s")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=preflight)
+
     p = verbs.add_parser("check", help="say everything that is wrong with a configuration")
     config_arguments(p)
     p.add_argument("--world", type=int, help="number of processes the run will have")
@@ -176,6 +183,22 @@ def doctor(args):
     else:
         print("\n".join([look.table(rows), "", "on a GPU machine:", *look.install_lines()]))
     return int(bool(failed))
+
+
+def preflight(args):
+    config = load_config(args.config)
+    from boreal_megatron.log import quiet
+
+    quiet()
+    from boreal_megatron import parallel
+    from boreal_megatron.preflight import run
+
+    def say(found):
+        print(json.dumps(found, indent=1) if args.json else run.text(found), flush=True)
+
+    ok = run.preflight(config, folder=args.folder, patience=args.timeout, say=say)
+    parallel.stop()
+    return int(not ok)
 
 
 def export(args):
