@@ -28,11 +28,11 @@ FAULTS = {
 def launches(tmp_path_factory):
     """{fault: (exit codes of both ranks, what rank 0 printed)}."""
     folder = tmp_path_factory.mktemp("preflight")
-    config = config_for(tiny_model(), parallel={"expert": 2}, checkpoint={"folder": str(folder / "run")})
+    config = config_for(tiny_model(), checkpoint={"folder": str(folder / "run")})
     dump(config, folder / "run.yaml")
     words = {
-        None: [],
-        "everything": ["--json"],
+        None: ["parallel.tensor=2", "parallel.sequence_parallel=true", "precision=bf16"],
+        "everything": ["--json", "parallel.expert=2"],
         "hang": ["--json", "--timeout", "15"],
         "absent": ["--timeout", "4"],
     }
