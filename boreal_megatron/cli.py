@@ -134,14 +134,20 @@ def train(args):
     quiet()
     from boreal_megatron.train.loop import train as run
 
+    from boreal_megatron import parallel
+
     # Collections walk what is alive; what the imports made stays alive, and a save collects twice while training waits.
     gc.freeze()
     try:
         run(config, world=world, resume_drill=args.resume_drill)
+    except BorealError:
+        # The threads of process groups that are alive when a process ends can abort it, which hides the exit code.
+        # Among several ranks leaving means waiting for the others.
+        if world == 1:
+            parallel.stop()
+        raise
     finally:
         gc.unfreeze()
-    from boreal_megatron import parallel
-
     parallel.stop()
 
 
