@@ -10,6 +10,7 @@ PASS, FAIL, NOTE = "pass", "FAIL", "note"
 PEERS = {"cuda": 0.9, "cpu": 0.3}
 CLOCK = 0.5  # seconds that a clock may be off from rank 0's: logs and file times of several hosts are read together
 SAME = "the same on all ranks"
+ABSENT = "not installed"
 SHOWN = 6  # ranks named in one line
 
 
@@ -116,6 +117,9 @@ def judge(checks, answers, device):
         found = {rank: answer["found"].get(check.name, []) for rank, answer in sorted(answers.items())}
         for name in dict.fromkeys(f.name for findings in found.values() for f in findings):
             same = {rank: next((f for f in findings if f.name == name), None) for rank, findings in found.items()}
+            if check.compare is equal:  # a rank that did look and has not found it differs, too
+                absent = Finding(name, True, value=ABSENT, expected=SAME)
+                same = {rank: f or absent if found[rank] else None for rank, f in same.items()}
             judged = check.compare({rank: f for rank, f in same.items() if f}, device)
             rows += [row(check.name, rank, answers[rank]["host"], f) for rank, f in judged.items()]
     return rows

@@ -30,18 +30,24 @@ def versions(here):
 
 
 def driver():
-    """The version of NVIDIA's kernel module."""
-    with open("/proc/driver/nvidia/version") as file:
-        return next(word for word in file.readline().split() if word[:1].isdigit())
+    """The version of NVIDIA's kernel module, "unknown" where a container hides it."""
+    try:
+        with open("/proc/driver/nvidia/version") as file:
+            return next((word for word in file.readline().split() if word[:1].isdigit()), "unknown")
+    except OSError:
+        return "unknown"
 
 
 def components(here):
-    """What `boreal doctor` fails: versions that are known to be wrong, or out of range."""
+    """What `boreal doctor` knows to be wrong."""
     rows = doctor.examine()
-    bad = [r for r in rows if r["state"] in doctor.FAILURES]
-    found = [
-        Finding(r["name"], False, f"{r['found']}: {r['state']}", r["needed"] or "another", r["advice"]) for r in bad
-    ]
+    found = []
+    for r in rows:
+        if r["state"] in doctor.FAILURES:
+            # A wrong version of what training can do without is no reason not to train.
+            wrong = r["state"] == doctor.BAD or r["instead"] == "nothing"
+            measured = f"{r['found']}: {r['state']}"
+            found.append(Finding(r["name"], False if wrong else None, measured, r["needed"] or "another", r["advice"]))
     return found or [Finding("known bad versions", True, "none", "none")]
 
 

@@ -58,7 +58,7 @@ class Watch(threading.Thread):
 
     def run(self):
         texts = {}
-        while not (len(self.answers) == self.world and all(a["over"] for a in self.answers.values())):
+        while not self.complete():
             for rank in range(self.world):
                 key = f"roll/{rank}"
                 if not self.store.check([key]):
@@ -75,6 +75,9 @@ class Watch(threading.Thread):
                 sys.stdout.flush()
                 os._exit(code)
             time.sleep(INTERVAL)
+
+    def complete(self):
+        return all(self.through(rank) for rank in range(self.world))
 
     def through(self, rank):
         return rank in self.answers and self.answers[rank]["over"]

@@ -12,6 +12,7 @@ from torch.distributed import HashStore, PrefixStore, ProcessGroup, TCPStore
 
 from boreal_megatron import parallel, platform
 from boreal_megatron.config.check import check as check_config
+from boreal_megatron.errors import BorealError
 from boreal_megatron.plan import hardware
 from boreal_megatron.preflight import host, network, parity, speed, storage
 from boreal_megatron.preflight.finding import FAIL, Check, Finding, clocks, equal, judge, peers, table
@@ -71,6 +72,7 @@ def preflight(config, *, folder=None, patience=180.0, say=print, checks=CHECKS):
 
     Raises:
         ProblemsError: the configuration does not fit the world.
+        BorealError: the ranks' store is gone.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check_config(config, world)
@@ -162,6 +164,8 @@ def verdict(store, watch, rank, world, patience):
     """Rank 0's, told to all; rank 0, which may hold the store, waits until everybody has heard it."""
     if rank == 0:
         watch.join()
+        if not watch.complete():
+            raise BorealError("rank 0 lost the store through which ranks answer; is its host out of memory or network?")
         store.set("verdict", str(watch.conclude(watch.answers)))
     store.wait(["verdict"], datetime.timedelta(seconds=2 * patience))
     code = int(store.get("verdict"))

@@ -80,7 +80,8 @@ def full_disk():
 
 def other_version():
     right = doctor.found
-    doctor.found = lambda name: "3.6.0" if name == "triton" else right(name)
+    other = {"triton": "3.6.0", "zstandard": None}
+    doctor.found = lambda name: other[name] if name in other else right(name)
 
 
 def other_configuration():
@@ -90,7 +91,7 @@ def other_configuration():
 
 def fast_clock():
     class Fast:
-        time = staticmethod(lambda: time.time() + 7)
+        time = staticmethod(lambda: time.time() + 7000)
 
     host.time = Fast
 
