@@ -31,9 +31,10 @@ from boreal_megatron.train import checkpoint, step as train_step
 PRECISIONS = {"fp32": ("precision=fp32",), "bf16": ("precision=bf16",), "fp8": ("precision.fp8=tensorwise",)}
 BAGS = (1, 4)
 COMPARED = ("output", "gradient", "weights")  # of each half-block: what it adds to the stream and to its gradient
-# The largest relative errors (L2) of these three, and of the losses, against FP32 on a CPU. In bf16 what a half-block adds
-# drowns in the rounding of the stream it is added to; its weights' gradients do not. On a GPU: not measured.
-LIMITS = {"fp32": (1e-3, 1e-3, 1e-3, 1e-4), "bf16": (0.2, 0.2, 0.05, 5e-3), "fp8": (0.4, 0.4, 0.2, 2e-2)}
+# The largest relative errors (L2) of these three, and of the losses, against FP32 on a CPU. bf16 on a CPU has up to
+# 0.037, 0.020 and 0.009 over BOREAL-250M's half-blocks, where what is added drowns in the rounding of a larger stream;
+# on a GPU, and in FP8: not measured.
+LIMITS = {"fp32": (1e-3, 1e-3, 1e-3, 1e-4), "bf16": (0.15, 0.1, 0.03, 5e-3), "fp8": (0.4, 0.3, 0.2, 2e-2)}
 GOALS = {"bf16, bags of 1": 121_000.0}  # positions/s of BOREAL-250M at 8K on one H200; a ceiling of 144,000 is derived
 BLOCKED = 0.5  # seconds that training may stand still for a checkpoint
 FP8_LOSS = 0.05  # nats that FP8 may lie above bf16 at the end of the curves
