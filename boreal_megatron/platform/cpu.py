@@ -23,8 +23,6 @@ def install():
         return
     assert not torch.cuda.is_available(), "the CPU platform is for machines without CUDA"
     _installed = True
-    # megatron-core's jit_fuser is torch.compile; compiling on CPU costs 20 s at the first step and needs a compiler.
-    torch.compiler.set_stance("force_eager")
     # Gates that forget within a position leave denormal numbers, which cost a CPU twenty ordinary ones.
     torch.set_flush_denormal(True)
     _memory()
@@ -34,6 +32,17 @@ def install():
     _uneven_collectives()
     # Mode objects are per thread: autograd's own threads run only backward formulas, which create no named devices.
     CudaNames(_CPU).__enter__()
+
+
+def import_megatron():
+    """Import megatron-core with its fused functions as they are written. It gives them to torch.compile as it is
+    imported, which imports the compiler, half of a process's start, and compiles for 20 s at the first step."""
+    compiler, torch.compile = torch.compile, lambda function=None, **options: function or (lambda later: later)
+    try:
+        from megatron.core.jit import disable_jit_fuser
+    finally:
+        torch.compile = compiler
+    disable_jit_fuser()
 
 
 def _memory():
