@@ -53,14 +53,15 @@ def parser():
     )  # fmt: skip
     p.set_defaults(run=train)
 
-    p = verbs.add_parser("doctor", help="what is installed, what each component buys, what is known to be wrong with it")
+    p = verbs.add_parser("doctor", help="what is installed, what each component buys, what is known to be wrong")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=doctor)
 
-    p = verbs.add_parser("preflight", help="prove the machines of a launch before its first step; start it with torchrun as the run itself")
+    p = verbs.add_parser("preflight", help="prove a launch's machines before its first step; start it as the run itself")
     config_arguments(p)
     p.add_argument("--folder", help="where to try the storage; default: checkpoint.folder")
-    p.add_argument("--timeout", type=float, default=180.0, metavar="SECONDS", help="without a word, after which a rank counts as hung; default: %(default)s")
+    silence = "of silence after which a rank counts as hung; default: %(default)s"
+    p.add_argument("--timeout", type=float, default=180.0, metavar="SECONDS", help=silence)
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=preflight)
 

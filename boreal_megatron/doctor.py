@@ -54,12 +54,12 @@ COMPONENTS = (
     Component("triton", "", "the kernels of boreal_kernels on a GPU", "plain torch, several times slower"),
     Component("ptxas", ">=13.3", "Triton's kernels for Hopper, assembled right", "plain torch on Hopper"),
     Component("nccl", "", "collectives between GPUs", "gloo, on CPUs only"),
-    Component("transformer-engine", ">=2.19,<3", "FP8, fused norm and linear, cuDNN attention", "bf16, torch's linear and attention"),
-    Component("apex", "", "FusedAdam, weight gradients added in the matrix product", "Transformer Engine's, then torch's AdamW"),
-    Component("flash-linear-attention", ">=0.6", "kernels.delta_rule=fla; exported models on a GPU", "kernels.delta_rule=triton; plain torch"),
-    Component("flash-qla", "==0.1.2", "kernels.delta_rule=flash_qla on Hopper", "kernels.delta_rule=triton"),
-    Component("tilelang", "==0.1.9", "what flash-qla compiles with", "kernels.delta_rule=triton"),
-    Component("nvidia-resiliency-ext", ">=0.6", "background saves by a persistent writer", "megatron-core's forked writer"),
+    Component("transformer-engine", ">=2.19,<3", "FP8, fused norm and linear, attention", "bf16, torch's own"),
+    Component("apex", "", "FusedAdam, fused weight gradients", "Transformer Engine's, then torch's AdamW"),
+    Component("flash-linear-attention", ">=0.6", "delta_rule=fla; exports on a GPU", "delta_rule=triton; torch"),
+    Component("flash-qla", "==0.1.2", "delta_rule=flash_qla on Hopper", "delta_rule=triton"),
+    Component("tilelang", "==0.1.9", "what flash-qla compiles with", "delta_rule=triton"),
+    Component("nvidia-resiliency-ext", ">=0.6", "background saves, persistent writer", "megatron-core's forked writer"),
     Component("gigatoken", ">=0.10,<0.11", "preprocessing about 20 times faster", "tokenizers"),
     Component("orjson", "", "faster .jsonl", "json"),
     Component("pyarrow", "", ".parquet inputs", "convert them to .jsonl"),
@@ -95,25 +95,33 @@ def _versions(row):
     return f"<{high}" if row.since == (0,) else f">={low},<{high}"
 
 
+def _of_kernels(row):
+    """A row of the kernels' own table, which `backend.choose` refuses, as one of ours."""
+    device = ".".join(map(str, row.capability))
+
+    def holds(capability):
+        unused = row.backend == "fla" and found("flash-linear-attention") is None
+        return capability == row.capability and not unused
+
+    newer = ".".join(map(str, row.before))
+    do = f"install {row.package} {newer} or newer"
+    if row.package == "ptxas":
+        do = f"point TRITON_PTXAS_PATH at ptxas {newer} or newer"
+    when = f"kernels of {row.backend} on compute capability {device}"
+    return KnownBad(row.package, _versions(row), when, holds, row.reason, do)
+
+
 KNOWN_BAD = (
-    # The kernels' own table: what `backend.choose` refuses.
-    *(
-        KnownBad(
-            row.package, _versions(row), f"kernels of {row.backend} on compute capability {row.capability[0]}.{row.capability[1]}",
-            lambda capability, row=row: capability == row.capability and (row.backend != "fla" or found("flash-linear-attention") is not None),
-            row.reason, f"install {row.package} {'.'.join(map(str, row.before))} or newer",
-        )
-        for row in backend.KNOWN_BAD
-    ),
+    *map(_of_kernels, backend.KNOWN_BAD),
     KnownBad(
-        "nccl", ">=2.28.3,<=2.28.8", "communicators that are aborted and made anew (fault tolerance, in-process restarts)",
+        "nccl", ">=2.28.3,<=2.28.8", "communicators that are made anew after a failure (in-process restarts)",
         lambda capability: capability is not None and found("nvidia-resiliency-ext") is not None,
         "torchft's README tells its users to avoid them", "install nvidia-nccl-cu13 2.28.9 or newer",
     ),
     KnownBad(
         "tilelang", "!=0.1.9", "flash-qla 0.1.2",
         lambda capability: found("flash-qla") is not None,
-        "it computes with 0.1.9 only, and a warm cache of compiled kernels hides that (Megatron-Bridge pull request 5098)",
+        "a warm cache of compiled kernels hides that it needs 0.1.9 (Megatron-Bridge pull request 5098)",
         "pip install tilelang==0.1.9",
     ),
 )  # fmt: skip
@@ -176,7 +184,7 @@ def capability() -> tuple[int, int] | None:
 
 
 def examine() -> list[dict]:
-    """Every component: {"name", "found", "needed", "state", "buys", "instead", "advice"}, state one of this module's."""
+    """Every component: {"name", "found", "needed", "state", "buys", "instead", "advice"}; states are this module's."""
     here = capability()
     rows = []
     for component in COMPONENTS:
@@ -224,7 +232,7 @@ def install_lines() -> list[str]:
     cuda = torch.version.cuda or "13.2"
     major = cuda.split(".")[0]
     return [
-        f"# beside torch {torch.__version__} for CUDA {cuda}{'' if torch.version.cuda else ' (assumed: this torch has none)'}",
+        f"# beside torch {torch.__version__}, CUDA {cuda}{'' if torch.version.cuda else ' (assumed, this torch has none)'}",
         "pip install 'triton>=3.7.1' 'flash-linear-attention>=0.6' 'nvidia-resiliency-ext>=0.6'",
         f"pip install 'nvidia-cuda-crt=={cuda}.*' nvidia-curand ninja wheel packaging   # headers to compile against",
         "NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install --no-build-isolation "

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One GPU against the whole system: kernel proofs, parity layer by layer, throughput, loss, checkpoint. Under 8 minutes.
+"""One GPU against the whole system: kernel proofs, parity layer by layer, speed, loss, checkpoint. Under 8 minutes.
 
     python tools/gpu_acceptance.py --out DIR                     every part, in processes of their own
     python tools/gpu_acceptance.py --out DIR --only parity bf16  some

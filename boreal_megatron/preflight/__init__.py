@@ -1,1 +1,1 @@
-"""`boreal preflight`: about a minute, on every rank of the launch that is going to train, that says which host is bad."""
+"""`boreal preflight`: on every rank of the launch that is going to train, a minute that says which host is bad."""

@@ -81,10 +81,10 @@ def _on_cuda(value):
 VARIABLES = (
     Variable(
         "CUDA_DEVICE_MAX_CONNECTIONS", _connections,
-        "1 starts kernels in the order of their launch, so that tensor- and context-parallel communication begins before "
-        "the matrix product that hides it; Blackwell does not need it",
+        "1 starts kernels in the order of their launch, so that tensor- and context-parallel communication begins "
+        "before the matrix product that hides it; Blackwell does not need it",
     ),
-    Variable("PYTORCH_ALLOC_CONF", _on_cuda("expandable_segments:True"), "phases of other shapes do not fragment memory"),
+    Variable("PYTORCH_ALLOC_CONF", _on_cuda("expandable_segments:True"), "phases of other shapes fragment no memory"),
     Variable("NCCL_DEBUG", _on_cuda("WARN"), "NCCL says what it thinks is wrong"),
     Variable("TORCH_FR_BUFFER_SIZE", _on_cuda("20000"), "collectives that each rank remembers for a post-mortem"),
     Variable("TORCH_NCCL_DUMP_ON_TIMEOUT", _on_cuda("1"), "writes them to files when a collective times out"),
@@ -122,7 +122,8 @@ def memory(here):
         share, ok = free / total, free >= FREE * total
         return [
             Finding(
-                "free device memory", ok, value=free / 2**30, unit="GiB", expected=f">= {FREE:.0%} of {total / 2**30:.4g} GiB",
+                "free device memory", ok, value=free / 2**30, unit="GiB",
+                expected=f">= {FREE:.0%} of {total / 2**30:.4g} GiB",
                 advice="" if ok else f"{1 - share:.0%} is taken: nvidia-smi names the processes that hold it",
             )
         ]  # fmt: skip

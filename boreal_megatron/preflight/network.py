@@ -26,56 +26,39 @@ def exchanges(here):
             continue
         seen.append(ranks)
         for name, function in (("all-reduce", all_reduce), ("all-to-all", all_to_all), ("point to point", ring)):
-            found += function(here, f"{name} over {axis}", group, ranks)
+            wrong, call, moved = function(here, group, ranks)
+            found += [right(f"{name} over {axis}", wrong), rate(here, f"{name} over {axis}", ranks, call, moved)]
     return found or [Finding("collectives", None, "one rank: nothing to exchange")]
 
 
-def all_reduce(here, name, group, ranks):
+def all_reduce(here, group, ranks):
+    """(what arrived wrong, the exchange again, bytes that one link moves in it), as the two below."""
     x = torch.empty(elements(here, ranks), device=here.mesh.device)
     steps = torch.arange(x.numel(), device=x.device)
     wanted = sum((steps + rank) % 13 for rank in ranks).float()  # small whole numbers: no order of summation matters
-
-    def exchange():
-        x.copy_((steps + here.mesh.rank) % 13)
-        dist.all_reduce(x, group=group)
-
-    exchange()
+    x.copy_((steps + here.mesh.rank) % 13)
+    dist.all_reduce(x, group=group)
     wrong = int((x != wanted).sum())
-    return [
-        right(name, f"{wrong} wrong numbers" if wrong else ""),
-        rate(
-            here,
-            name,
-            group,
-            ranks,
-            lambda: dist.all_reduce(x, group=group),
-            2 * (len(ranks) - 1) / len(ranks) * x.nbytes,
-        ),
-    ]
+    again = torch.zeros_like(x)  # what is summed over and over must stay finite
+    moved = 2 * (len(ranks) - 1) / len(ranks) * x.nbytes
+    return f"{wrong} wrong numbers" if wrong else "", lambda: dist.all_reduce(again, group=group), moved
 
 
-def all_to_all(here, name, group, ranks):
+def all_to_all(here, group, ranks):
     me, each = here.mesh.rank, elements(here, ranks) // len(ranks)
     sent = torch.cat([letter(me, to, each, here) for to in ranks])
     got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent, group=group)
-    wrong = senders(
-        here, {r: (part, letter(r, me, each, here)) for r, part in zip(ranks, got.split(each), strict=True)}
-    )
-    return [
-        right(name, wrong),
-        rate(
-            here,
-            name,
-            group,
-            ranks,
-            lambda: dist.all_to_all_single(got, sent, group=group),
-            (len(ranks) - 1) / len(ranks) * sent.nbytes,
-        ),
-    ]
+
+    def exchange():
+        dist.all_to_all_single(got, sent, group=group)
+
+    exchange()
+    parts = zip(ranks, got.split(each), strict=True)
+    wrong = senders(here, {rank: (part, letter(rank, me, each, here)) for rank, part in parts})
+    return wrong, exchange, (len(ranks) - 1) / len(ranks) * sent.nbytes
 
 
-def ring(here, name, group, ranks):
+def ring(here, group, ranks):
     """To the next rank, from the one before."""
     me, place = here.mesh.rank, ranks.index(here.mesh.rank)
     after, before = ranks[(place + 1) % len(ranks)], ranks[place - 1]
@@ -88,8 +71,7 @@ def ring(here, name, group, ranks):
             request.wait()
 
     exchange()
-    wrong = senders(here, {before: (got, letter(before, me, got.numel(), here))})
-    return [right(name, wrong), rate(here, name, group, ranks, exchange, sent.nbytes)]
+    return senders(here, {before: (got, letter(before, me, got.numel(), here))}), exchange, sent.nbytes
 
 
 def elements(here, ranks):
@@ -115,7 +97,7 @@ def right(name, wrong):
     return Finding(f"{name}: numbers", not wrong, wrong or "as sent", "as sent", advice)
 
 
-def rate(here, name, group, ranks, call, moved):
+def rate(here, name, ranks, call, moved):
     """GB/s of the fastest sample; all ranks take the same number of samples."""
     gigabytes = moved / seconds(call, here.mesh.device) / 1e9
     one_host = len({here.hosts[rank] for rank in ranks}) == 1

@@ -1,5 +1,5 @@
-"""`boreal preflight` on two gloo ranks: a sound launch passes, every fault put into rank 1 is found and is rank 1's, and
-a rank that hangs or is not there is named instead of waited for."""
+"""`boreal preflight` on two gloo ranks: a sound launch passes, every fault put into rank 1 is found and is named, and a
+rank that hangs or is not there is named instead of waited for."""
 
 import json
 import subprocess

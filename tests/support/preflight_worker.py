@@ -2,8 +2,8 @@
 
     python -m tests.support.preflight_worker PLAN.json
 
-PLAN.json: a list of {"words": of the command, "fault": name or null, "out": where rank 0's standard output goes}. Prints
-one JSON list, the exit codes of the two ranks of every case, None where a rank had to be ended. Ranks are forks of a
+PLAN.json: a list of {"words": of the command, "fault": name or null, "out": where rank 0's output goes}. Prints one
+JSON list, the exit codes of the two ranks of every case, None where a rank had to be ended. Ranks are forks of a
 process that has imported everything.
 """
 
