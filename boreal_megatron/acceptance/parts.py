@@ -137,10 +137,10 @@ def training(settings, mesh):
         _, wrapped, optimizer, state = checkpoint.begin(settings, mesh, loader, None)
         now = {"state": state}
 
-        def take():
+        def take(**options):
             synchronize(mesh.device)
             began = time.perf_counter()
-            step = train_step.take(settings, wrapped, optimizer, mesh, loader, now["state"])
+            step = train_step.take(settings, wrapped, optimizer, mesh, loader, now["state"], **options)
             synchronize(mesh.device)
             now["state"] = step.state
             return step, time.perf_counter() - began
@@ -157,12 +157,12 @@ def synchronize(device):
 
 
 def shares(wrapped, take, mesh):
-    """{kind of layer: share of a step's time}. Raises ImportError where `boreal_megatron.profile` is not there."""
+    """{kind of layer: share of a step's time}."""
     from boreal_megatron.profile.timers import Clock, by_kind
 
     clock = Clock(wrapped, mesh)
     with clock.running():
-        _, seconds = take()
+        _, seconds = take(mark=clock.mark)
     return {kind: spent / seconds for kind, spent in by_kind(clock.spans(), seconds).items()}
 
 
@@ -189,10 +189,9 @@ def throughput(bench, precision):
         what = f"{precision}, bags of {bag}"
         try:
             settings = config(bench, bench.scale.model, PRECISIONS[precision], bag=bag, steps=1000)
-        except BorealError as error:
+            yield from timed(bench, "throughput", what, settings)
+        except BorealError as error:  # this version, or this machine, does not have it
             yield row("throughput", what, why=str(error))
-            continue
-        yield from timed(bench, "throughput", what, settings)
 
 
 def wide(bench):
@@ -213,8 +212,8 @@ def timed(bench, part, what, settings):
         peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
         try:
             kinds, why = shares(wrapped, take, bench.mesh), ""
-        except ImportError as error:
-            kinds, why = {"each kind of layer": None}, str(error)
+        except Exception as error:  # must not cost what was measured
+            kinds, why = {"each kind of layer": None}, f"{type(error).__name__}: {error}"
     phase = settings.phases[0]
     rate = phase.positions_per_step / seconds
     teraflops = rate * sum(flops.training(settings.model, phase.sequence).values()) / 1e12
@@ -237,8 +236,8 @@ def planned(part, what, settings, peak):
         from boreal_megatron.plan import memory
 
         (stage,) = memory.per_rank(settings, 1)["stages"]
-    except ImportError as error:
-        return row(part, f"{what}: planned memory", why=str(error))
+    except Exception as error:  # must not cost what was measured
+        return row(part, f"{what}: planned memory", why=f"{type(error).__name__}: {error}")
     total = stage["total"] / GIB
     return row(part, f"{what}: planned memory", total, "GiB", goal=f"{peak:.1f} measured" if peak else "")
 
@@ -287,11 +286,11 @@ def curves(bench):
     for precision in ("bf16", "fp8"):
         try:
             settings = config(bench, bench.scale.model, PRECISIONS[precision], steps=bench.scale.curve)
+            with training(settings, bench.mesh) as (take, _, _, _):
+                losses = [take()[0].loss for _ in range(bench.scale.curve)]
         except BorealError as error:
             yield row("loss", f"{precision}: last steps", why=str(error))
             continue
-        with training(settings, bench.mesh) as (take, _, _, _):
-            losses = [take()[0].loss for _ in range(bench.scale.curve)]
         found[precision] = sum(losses[-10:]) / len(losses[-10:])
         yield row("loss", f"{precision}: last steps", found[precision], "nats") | {"curve": losses}
     if len(found) == 2:
