@@ -34,6 +34,7 @@ def apply():
     _distributed_optimizer_buckets()
     _results_of_a_save()
     _no_code_from_checkpoints()
+    _output_layer_without_apex()
 
 
 def _distributed_optimizer_step():
@@ -182,3 +183,15 @@ def _no_code_from_checkpoints():
 
     filesystem.FileSystemReader.read_metadata = read_metadata
     DefaultLoadPlanner.load_bytes = load_bytes
+
+
+def _output_layer_without_apex():
+    """`gradient_accumulation_fusion` for Transformer Engine's linears where NVIDIA's apex is missing.
+
+    Why: upstream's output layer refuses the flag without apex's extension. Ours multiplies nothing (`model/head.py` has
+    loss and gradients of its own), and `model/provider.py` sets the flag for linears that accumulate by themselves.
+    Versions: 0.19.2. Upstream: tensor_parallel/layers.py, `ColumnParallelLinear.__init__`.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    layers._grad_accum_fusion_available = True

@@ -54,7 +54,7 @@ def build(config, wrapped):
             adam_beta2=options.beta2,
             adam_eps=options.eps,
             clip_grad=options.clip,
-            bf16=config.precision == "bf16",
+            bf16=config.precision.compute == "bf16",
             params_dtype=settings.params_dtype,
             use_distributed_optimizer=options.distributed,
         ),

@@ -22,7 +22,7 @@ RULES = {
     "safe.py": {"torch", f"{OWN}.errors"},
     "compat.py": {"torch", "megatron", "packaging", f"{OWN}.errors", f"{OWN}.safe"},
     "parallel.py": {"torch", "megatron", f"{OWN}.compat", f"{OWN}.platform"} | CONFIG,
-    "model": {"torch", "megatron", "boreal_kernels", f"{OWN}.model", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.compat"} | CONFIG,
+    "model": {"torch", "megatron", "transformer_engine", "flash_attn", "boreal_kernels", f"{OWN}.model", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.compat"} | CONFIG,
     "data": {"numpy", "torch", "megatron", "tokenizers", "gigatoken", "sentencepiece", "orjson", "pyarrow", "zstandard", "fsspec", "matplotlib", "tqdm", f"{OWN}.data", f"{OWN}.parallel"} | FILES | CONFIG,
     "train": {"torch", "megatron", "nvidia_resiliency_ext", "yaml", "matplotlib", f"{OWN}.safe", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | FILES | CONFIG,
     "dry_run.py": {"torch", "megatron", f"{OWN}.plan", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.model", f"{OWN}.train"} | CONFIG,
