@@ -120,7 +120,8 @@ def _fp8():
         return with_blocks("E")(v) and v["kernels.experts"] == "te"
 
     why = "in FP8"
-    yield Rule(HIDDEN, (HIDDEN,), MULTIPLE, (ALIGNMENT,), with_blocks("*G-E"), why)
+    # The projection into the MTP block is the one linear that tensor parallelism cuts along the hidden size.
+    yield Rule(HIDDEN, (HIDDEN,), MULTIPLE, (ALIGNMENT,), lambda v: v[FP8] and "/" not in v["model.pattern"], why)
     yield Rule(HIDDEN, (HIDDEN,), MULTIPLE, (ALIGNMENT, TENSOR), lambda v: v[FP8] and "/" in v["model.pattern"], why)
     yield Rule(FFN, (FFN,), MULTIPLE, (ALIGNMENT, TENSOR), with_blocks("-"), why)
     yield Rule(SHARED, (SHARED,), MULTIPLE, (ALIGNMENT, TENSOR), with_blocks("E"), why)

@@ -82,6 +82,15 @@ class BorealModel(HybridModel):
         main = self._loss(hidden, batch.labels, batch.label_weight, None if mtp_weight is None else 1.0)
         return head.Losses.pack(main, mtp)
 
+    def own_gradients(self):
+        """Weights whose gradients the embedding and the loss add to their buffers, unseen by autograd."""
+        weights = []
+        if hasattr(self, "embedding"):
+            weights.append(self.embedding.word_embeddings.weight)
+        if self.post_process and self.output_layer.weight is not None:
+            weights.append(self.output_layer.weight)
+        return weights
+
     def logits(self, batch):
         """Logits of a single-process model, [s, vocab_size]."""
         hidden, _ = self._decode(batch)

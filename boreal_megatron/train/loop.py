@@ -17,7 +17,7 @@ from boreal_megatron.data.dataset import Loader, check_tokenizer
 from boreal_megatron.log import Reporter, megatron_line
 from boreal_megatron.model import kernels, provider, router
 from boreal_megatron.plan import params
-from boreal_megatron.train import checkpoint, drill, state as train_state, step as train_step
+from boreal_megatron.train import checkpoint, drill, optim, state as train_state, step as train_step
 
 
 def train(config, *, world, resume_drill=0):
@@ -107,6 +107,7 @@ def run(config, mesh, loader, resume_drill):
 
     saver.close()
     finished = phases.at(config.phases, *state.now) is None
+    optim.gather(wrapped)
     if not finished:
         report.say(f" leaving after iteration {state.step}; the same command goes on from {saver.last_good}")
     if finished and state.step == first_step:

@@ -4,6 +4,7 @@ A process that has imagined its ranks can do nothing else, so every dry run here
 """
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -39,11 +40,12 @@ def write(path, parallel, **changes):
 
 
 def python(code, *words, **variables):
-    """Start `python -c CODE WORDS`."""
+    """Start `python -c CODE WORDS`, which finds this checkout before what is installed."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
         cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT), TORCH_CPP_LOG_LEVEL="ERROR", **variables),
+        env=environment(PYTHONPATH=path, TORCH_CPP_LOG_LEVEL="ERROR", **variables),
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -20,7 +20,7 @@ RULES = {
     "errors.py": set(),
     "log.py": {"torch", "tqdm"},
     "safe.py": {"torch", f"{OWN}.errors"},
-    "compat.py": {"torch", "megatron", "packaging", f"{OWN}.errors", f"{OWN}.safe"},
+    "compat.py": {"torch", "megatron", "transformer_engine", "packaging", f"{OWN}.errors", f"{OWN}.safe"},
     "parallel.py": {"torch", "megatron", f"{OWN}.compat", f"{OWN}.platform"} | CONFIG,
     "model": {"torch", "megatron", "transformer_engine", "flash_attn", "boreal_kernels", f"{OWN}.model", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.compat"} | CONFIG,
     "data": {"numpy", "torch", "megatron", "tokenizers", "gigatoken", "sentencepiece", "orjson", "pyarrow", "zstandard", "fsspec", "matplotlib", "tqdm", f"{OWN}.data", f"{OWN}.parallel"} | FILES | CONFIG,
