@@ -305,3 +305,14 @@ class Config(Frozen):
     @classmethod
     def _a_name_alone(cls, precision):
         return {"compute": precision} if isinstance(precision, str) else precision
+
+    def plain(self, **changes):
+        """The same network of modules that run anywhere, without FP8; checkpoints have the same tensors."""
+        return self.model_copy(
+            update={
+                "kernels": Kernels(linears="local", attention="sdpa", experts="sequential"),
+                "precision": Precision(compute=self.precision.compute),
+                "parallel": self.parallel.model_copy(update={"dispatcher": "alltoall"}),
+                **changes,
+            }
+        )

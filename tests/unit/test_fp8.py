@@ -2,12 +2,14 @@
 weights are in FP8, and what megatron-core is told. What Transformer Engine then holds: tests/unit/test_te.py."""
 
 import pytest
+import torch
 from boreal_megatron.config import fp8
 from boreal_megatron.config.check import problems
 from boreal_megatron.config.load import dump, load
 from boreal_megatron.convert.mapping import mapping
 from boreal_megatron.errors import ProblemsError
 from boreal_megatron.model.config import transformer_config
+from boreal_megatron.model.provider import SLOTS, chosen
 from tests.support.configs import config_for, tiny_model
 from tests.support.launch import ROOT
 from tests.support.neighbours import changed, field, suggestions
@@ -101,6 +103,15 @@ def test_first_and_last_layer_are_two_half_blocks_each(recipe, inside, ends):
     assert [n for n in range(24) if not is_first_last_bf16_layer(settings, n)] == [*inside]
     assert ("layers 0 and 11 in bf16" in fp8.lines(config)[0]) == bool(ends)
     assert transformer_config(load([file]), {}).fp8 is None and fp8.lines(load([file])) == []
+
+
+def test_a_network_for_machines_without_the_libraries():
+    """Export checks and resharding use it."""
+    config = config_of(kernels={"linears": "te", "experts": "te"}, parallel={"expert": 2, "dispatcher": "hybridep"})
+    plain = config.plain()
+    names = {choice.name for slot, choice in chosen(plain, torch.device("cpu")).items() if slot in SLOTS}
+    assert names == {"local", "sdpa", "sequential"} and plain.precision.fp8 is None
+    assert plain.parallel.expert == 2 and plain.parallel.dispatcher == "alltoall" and plain.model == config.model
 
 
 def test_every_weight_is_in_the_table():
