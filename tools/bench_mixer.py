@@ -67,7 +67,8 @@ def bench(args):
         )
     )
     mesh = parallel.start(Parallel(), seed=1)
-    settings, length = transformer_config(config, provider.chosen(config, mesh.device)), args.positions // args.documents
+    settings = transformer_config(config, provider.chosen(config, mesh.device))
+    length = args.positions // args.documents
     edges = tuple(range(0, args.positions + 1, length))
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=mesh.device)
     packing = Packing(

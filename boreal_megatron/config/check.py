@@ -218,7 +218,7 @@ def _fp8(config):
     if config.precision.compute != "bf16":
         yield f"{at} with precision.compute={config.precision.compute}; expected bf16 around FP8, or no precision.fp8"
     if kernels.linears == "local":
-        yield f"{at} with kernels.linears=local; FP8 needs Transformer Engine's: say te or auto, or leave precision.fp8 out"
+        yield f"{at} with kernels.linears=local; FP8 needs Transformer Engine's; use te or auto, or no precision.fp8"
     if fp8 == "delayed" and kernels.experts == "te":
         yield (
             f"{at} with kernels.experts=te: a checkpoint cannot keep the amax history of single experts; "

@@ -1,8 +1,8 @@
 """Which products FP8 training computes in FP8, and which modules keep what precision. No torch.
 
-`precision.fp8` quantises the operands of Transformer Engine's linear layers, forward and backward; everything else is as
-without it. The first and the last layer stay in bf16, as the literature recommends, except with delayed scaling, whose
-amax histories span one context around all layers.
+`precision.fp8` quantises the operands of Transformer Engine's linear layers, forward and backward; everything else is
+as without it. The first and the last layer stay in bf16, except with delayed scaling: its amax histories are updated
+at the end of one context around all layers.
 """
 
 from typing import NamedTuple

@@ -14,13 +14,15 @@ from megatron.core.transformer.module import MegatronModule
 class GroupedExperts(MegatronModule):
     """SwiGLU experts over torch.nn.functional.grouped_mm. Fills megatron-core's `experts` slot.
 
-    How many rows each expert has stays on the device, so no expert waits for the host. Weights of all experts are one
-    parameter; in checkpoints they are megatron-core's SequentialMLP's, tensor by tensor.
+    The kernel reads on the device how many rows each expert has, so experts are not launched one by one; but
+    megatron-core's all-to-all dispatcher waits for the host once a layer. Weights of all experts are one parameter; in
+    checkpoints they are those of megatron-core's SequentialMLP, tensor by tensor.
     """
 
     def __init__(self, num_local_experts, config, pg_collection, name=None):
         super().__init__(config=config)
-        self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
         width = config.moe_ffn_hidden_size // self.tp_group.size()
         # Gate rows, then up rows.
         self.linear_fc1 = self._weights(num_local_experts, 2 * width, config.hidden_size, cut=1)

@@ -10,7 +10,7 @@ import torch
 
 
 class Lengths(NamedTuple):
-    """`queries`, `keys`: int32 [stretches + 1] on the device, from 0; the longest of each; whether they are the same."""
+    """`queries`, `keys`: int32 [stretches + 1] on the device, from 0; the longest of each; whether both are equal."""
 
     queries: torch.Tensor
     keys: torch.Tensor

@@ -2,7 +2,7 @@
 when a network is built. Nobody else asks what is installed.
 
     slot              implementations, best first on CUDA
-    linears           te, local                     projections and norms; Transformer Engine's hold the norm before them
+    linears           te, local                     projections and norms; te's linears hold the norm before them
     attention         te, flash, sdpa               the softmax between the projections
     experts           grouped_mm, te, sequential    the routed experts' two products
     dispatcher        what `parallel.dispatcher` says: how positions reach their experts
@@ -125,7 +125,7 @@ def missing(module):
 
 
 def apex():
-    """Which package `import apex` would find: "nvidia", "another" (PyPI's `apex` has nothing to do with it), or None."""
+    """Which package `import apex` would find: "nvidia", "another" (PyPI's has nothing to do with it), or None."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return None

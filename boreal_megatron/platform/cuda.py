@@ -1,4 +1,4 @@
-"""CUDA devices and NCCL, which megatron-core is written for: one device a rank, and kernels in the order of their launch.
+"""CUDA devices and NCCL, which megatron-core is written for: one device a rank, kernels in the order of launch.
 
 Nothing of megatron-core changes here. Its streams, its RNG tracker (`Platform.seed`) and its collectives are used as
 they are; which modules run is `model/provider.py`'s to say.

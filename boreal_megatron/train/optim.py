@@ -23,9 +23,9 @@ def decays(name, parameter):
 class DataParallel(DistributedDataParallel):
     """megatron-core's DDP with `parallel.overlap`, for weights that it does not hear of by itself.
 
-    Its hooks are on autograd's accumulation of a gradient, and on the call of the module that has a weight. Embedding and
-    head add to their gradients themselves, and report them at the end of the backward pass; weights that a module takes
-    from a holder that is never called are waited for when that module is called.
+    Its hooks are on autograd's accumulation of a gradient, and on the call of the module that has a weight. Embedding
+    and head add to their gradients themselves, and report them at the end of the backward pass; weights that a module
+    takes from a holder that is never called are waited for when that module is called.
     """
 
     def _make_backward_post_hook(self, param):
@@ -112,7 +112,7 @@ def finalize(wrapped, count, **kwargs):
 
 
 def gather(wrapped):
-    """Every rank's weights whole again after a step; with `parallel.overlap` the next forward pass would gather them."""
+    """Every rank's weights whole after a step; with `parallel.overlap` the next forward pass would gather them."""
     for chunk in wrapped:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

@@ -83,11 +83,17 @@ def test_packed_attention_is_torchs(name, head_dim, mesh):
     if reason := missing(MODULE[name]):
         pytest.skip(reason)
     config = TransformerConfig(
-        num_layers=1, hidden_size=4 * head_dim, num_attention_heads=4, num_query_groups=2, kv_channels=head_dim, bf16=True
+        num_layers=1,
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=head_dim,
+        bf16=True,
     )
     edges = (0, 13, 300, 512)
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device="cuda")
-    packing = Packing(cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=287, max_seqlen_kv=287, edges=edges)
+    lengths = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=287, max_seqlen_kv=287)
+    packing = Packing(**lengths, edges=edges)
     generator = torch.Generator("cuda").manual_seed(0)
     row = [
         torch.randn(512, 1, heads, head_dim, device="cuda", generator=generator).bfloat16().requires_grad_()
@@ -104,7 +110,7 @@ def test_packed_attention_is_torchs(name, head_dim, mesh):
 
 @pytest.mark.parametrize("counts", [(5, 0, 7, 84), (0, 0, 0, 3)], ids=str)
 def test_grouped_experts_on_the_device(counts, mesh):
-    """seed 0, bf16: odd counts and experts without rows; outputs and gradients within 2 % of one expert after another."""
+    """seed 0, bf16: odd counts, experts without rows; outputs and gradients within 2 % of sequential ones."""
     results = []
     for kernels, kind in ((PLAIN, SequentialMLP), (PLAIN | {"experts": "grouped_mm"}, GroupedExperts)):
         config = config_for(tiny_model(**MODEL), precision="bf16", kernels=kernels)

@@ -1,4 +1,4 @@
-"""FP8's configuration: which combinations `boreal check` refuses and what it offers instead, which half-blocks and which
+"""FP8's configuration: which combinations `boreal check` refuses and what it offers instead, which half-blocks and
 weights are in FP8, and what megatron-core is told. What Transformer Engine then holds: tests/unit/test_te.py."""
 
 import pytest
@@ -115,7 +115,7 @@ def test_a_network_for_machines_without_the_libraries():
 
 
 def test_every_weight_is_in_the_table():
-    """By its name in checkpoints; in FP8 are the matrices inside layers but routed experts, which kernels.experts=te adds."""
+    """In FP8 are the matrices inside layers but routed experts, which kernels.experts=te adds."""
     config = config_of()
     names = [name for rule in mapping(config.model) for name in rule.train if not name.endswith("expert_bias")]
     found = {name: fp8.row_of(config, name).precision for name in names}
@@ -123,6 +123,7 @@ def test_every_weight_is_in_the_table():
     matrices = {name for name in names if name.split(".")[-2] in inside}
     experts = {name for name in names if ".experts.experts." in name}
     assert experts and {name for name, what in found.items() if what == fp8.FP8} == matrices - experts
-    assert {name.rpartition(".")[2] for name, what in found.items() if what == fp8.FP32} == {"A_log", "dt_bias", "weight"}
+    in_fp32 = {name.rpartition(".")[2] for name, what in found.items() if what == fp8.FP32}
+    assert in_fp32 == {"A_log", "dt_bias", "weight"}
     with_te = changed(config, {"kernels.experts": "te"})
     assert all(fp8.row_of(with_te, name).precision == fp8.FP8 for name in experts)

@@ -42,8 +42,8 @@ found = {}
 for experts in ("grouped_mm", "te"):
     config, model, pieces, saved = build(["kernels.linears=te", "kernels.attention=te", "kernels.experts=" + experts])
     keys = {id(entry.data): entry.key for entry in nested_values(saved)}
-    te = {id(p) for m in model.modules() if type(m).__name__.startswith("TE") for n, p in m.named_parameters(recurse=False)
-          if "layer_norm" not in n}
+    linears = [module for module in model.modules() if type(module).__name__.startswith("TE")]
+    te = {id(p) for m in linears for n, p in m.named_parameters(recurse=False) if "layer_norm" not in n}
     weights = [i for i in keys if not keys[i].endswith(("_extra_state", "expert_bias"))]
     wrong = [keys[i] for i in weights if (i in te) != (fp8.row_of(config, keys[i]).precision == fp8.FP8)]
     settings = model.config
