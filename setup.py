@@ -10,6 +10,7 @@ setup(
     python_requires=">=3.12",
     packages=find_packages(include=["boreal_megatron*"]) + find_packages("kernels", include=["boreal_kernels*"]),
     package_dir={"boreal_kernels": "kernels/boreal_kernels"},
+    package_data={"boreal_megatron": ["plan/*.yaml"], "boreal_kernels": ["*.json"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core>=0.19.2,<0.20",

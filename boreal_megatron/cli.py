@@ -60,15 +60,10 @@ def parser():
     p.add_argument("--json", action="store_true", help="what the dry run found, for programs")
     p.set_defaults(run=check)
 
-    p = verbs.add_parser("plan", help="know before you launch")
-    plans = p.add_subparsers(required=True, metavar="WHAT")
-    p = plans.add_parser("params", help="exact parameter counts per component")
-    p.add_argument("model", help="a preset, or a configuration file")
-    p.add_argument("--json", action="store_true")
-    p.set_defaults(run=plan_params)
-
     from boreal_megatron.data import cli as data_cli
+    from boreal_megatron.plan import cli as plan_cli
 
+    plan_cli.add_parser(verbs)
     data_cli.add_parser(verbs)
 
     from boreal_megatron import checkpoint_tools
@@ -128,14 +123,20 @@ def train(args):
     quiet()
     from boreal_megatron.train.loop import train as run
 
+    from boreal_megatron import parallel
+
     # Collections walk what is alive; what the imports made stays alive, and a save collects twice while training waits.
     gc.freeze()
     try:
         run(config, world=world, resume_drill=args.resume_drill)
+    except BorealError:
+        # The threads of process groups that are alive when a process ends can abort it, which hides the exit code.
+        # Among several ranks leaving means waiting for the others.
+        if world == 1:
+            parallel.stop()
+        raise
     finally:
         gc.unfreeze()
-    from boreal_megatron import parallel
-
     parallel.stop()
 
 
@@ -162,24 +163,6 @@ def check(args):
     with bar("dry run", "classes") as progress:
         found = dry_run(config, args.world, progress)
     print(json.dumps(found, indent=1) if args.json else table(found))
-
-
-def plan_params(args):
-    from boreal_megatron.config.load import resolve_preset, validate
-    from boreal_megatron.config.presets import PRESETS
-    from boreal_megatron.config.schema import Model
-    from boreal_megatron.plan import params
-
-    known = args.model in PRESETS
-    if not known and not os.path.exists(args.model):
-        raise BorealError(f"{args.model!r} is neither a file nor a preset; presets: {', '.join(PRESETS)}")
-    model = validate(Model, resolve_preset({"preset": args.model}), args.model) if known else load_config([args.model]).model
-    counts = params.count(model)
-    claims = params.card_claims(args.model, counts)
-    if args.json:
-        print(json.dumps({"model": args.model, **counts, "card": claims}, indent=1))
-    else:
-        print("\n".join([params.table(counts), *claims]))
 
 
 def export(args):

@@ -19,9 +19,12 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+
+from boreal_megatron import platform  # imports megatron-core in its own way
+
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from boreal_megatron import parallel, platform
+from boreal_megatron import parallel
 from boreal_megatron.config.check import check
 from boreal_megatron.config.pattern import expand
 from boreal_megatron.config.schema import Parallel

@@ -9,10 +9,13 @@ import tempfile
 from dataclasses import dataclass
 
 import torch.distributed as dist
+
+from boreal_megatron import platform  # imports megatron-core in its own way
+
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from boreal_megatron import compat, platform
+from boreal_megatron import compat
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def load(files, overrides=()):
     """
     merged = {}
     for file in files:
-        merged = merge(merged, _read(Path(file)))
+        merged = merge(merged, read(Path(file)))
     return parse(merged, ", ".join(map(str, files)) or "configuration", overrides)
 
 
@@ -85,7 +85,12 @@ def merge(below, above):
     return out
 
 
-def _read(path):
+def read(path):
+    """The keys and values of a YAML file.
+
+    Raises:
+        BorealError: it does not exist, is no YAML, or holds something else.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:

@@ -17,6 +17,7 @@ What special tokens written out in a text become is the same for all engines (`s
     error    such a document is bad
 """
 
+import ctypes
 import importlib.metadata
 import itertools
 import json
@@ -31,7 +32,7 @@ from boreal_megatron.errors import USAGE, BorealError
 ENGINES = ("auto", "hf", "gigatoken", "sentencepiece")
 SPECIAL = ("encode", "split", "error")
 GIGATOKEN = "0.10."  # the versions that this was found with
-CACHE_BYTES = 96 << 20  # gigatoken's cache of words never shrinks; it is loaded anew when it has grown so much
+CACHE_BYTES = 64 << 20  # gigatoken's cache of words never shrinks; it is loaded anew when it has grown so much
 # A text longer than this is encoded in pieces: the reference takes some ninety bytes for each of the text's.
 PIECE_CHARACTERS = 1 << 17
 AROUND = 500  # characters on either side of a cut that are encoded both ways
@@ -88,18 +89,25 @@ class Gigatoken:
         self.tokenizer = tokenizer
         self.reference = Reference(tokenizer, special)
         self.added = Marks(tokenizer.added_tokens)
-        content = json.loads(tokenizer.serialized)
-        self.is_nfc = _is_nfc(content["normalizer"])
+        self.content, self.is_nfc = self._without_normalizer(special)
+        self._load()
+
+    def _without_normalizer(self, special):
+        """Returns (the tokenizer.json for gigatoken, whether the tokenizer brings text into NFC)."""
+        content = json.loads((self.tokenizer.folder / "tokenizer.json").read_bytes())
+        is_nfc = _is_nfc(content["normalizer"])
         content["normalizer"] = None
         if special != "split":  # a token it does not know of is text
             content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-        self.content = json.dumps(content)
-        self._load()
+        return json.dumps(content), is_nfc
 
     def _load(self):
         import gigatoken
 
+        self.fast = None  # before there is another one
+        give_back()
         self.fast = gigatoken.Tokenizer.from_json(self.content).backend
+        give_back()
         self.memory = _resident_bytes()
 
     def encode(self, texts):
@@ -203,6 +211,14 @@ def _is_nfc(normalizer):
     if other := [part["type"] for part in parts if part["type"] != "NFC"]:
         raise ValueError(f"it normalises by {', '.join(other)}")
     return True
+
+
+def give_back():
+    """Gives freed memory back to the system: loading a tokenizer leaves as much with the allocator as it needs to stay.
+    glibc only; elsewhere nothing changes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident_bytes():

@@ -124,15 +124,13 @@ class Tokenizer:
         eod: id of the end-of-document token.
         eod_token: that token as text.
         fingerprint: sha256 of `tokenizer.json`; equal fingerprints mean equal ids.
-        serialized: the content of `tokenizer.json`.
     """
 
     library = "tokenizers"
 
-    def __init__(self, folder, backend, content, eod_token):
+    def __init__(self, folder, backend, fingerprint, eod_token):
         self.folder = folder
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.serialized = content
+        self.fingerprint = fingerprint
         self.eod_token = eod_token
         self.eod = backend.token_to_id(eod_token)
         self._backend = backend
@@ -165,7 +163,7 @@ class Tokenizer:
             ) from None
         backend.no_truncation()  # some published files carry a truncation or padding of their own
         backend.no_padding()
-        tokenizer = cls(folder, backend, content, _find_end(folder, backend))
+        tokenizer = cls(folder, backend, hashlib.sha256(content).hexdigest(), _find_end(folder, backend))
         tokenizer.specials_are_text = True
         return tokenizer
 
@@ -219,11 +217,11 @@ class SentencePieceTokenizer:
             ) from None
         path = folder / "tokenizer.model"
         self.folder = folder
-        self.serialized = path.read_bytes()
-        self.fingerprint = hashlib.sha256(self.serialized).hexdigest()
+        model = path.read_bytes()
+        self.fingerprint = hashlib.sha256(model).hexdigest()
         self.specials_are_text = True
         try:
-            self._backend = sentencepiece.SentencePieceProcessor(model_proto=self.serialized)
+            self._backend = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise BorealError(f"{path}: not a SentencePiece model: {error}. Copy the file again.") from None
         self.eod = self._backend.eos_id()

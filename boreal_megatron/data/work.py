@@ -15,7 +15,7 @@ from boreal_megatron.data import inputs as files
 from boreal_megatron.data.parts import PartWriter
 from boreal_megatron.data.tokenizer import Tokenizer
 
-BATCH_BYTES = 4 << 20  # of text that is encoded at a time
+BATCH_BYTES = 1 << 20  # of text that is encoded at a time
 
 
 class Options(NamedTuple):
@@ -64,6 +64,7 @@ class Job(NamedTuple):
 
     def start(self, say):
         engine = self.ready or engines.make(self.engine, Tokenizer.load(self.tokenizer_dir), self.options.special)
+        engines.give_back()
         return lambda part: _Work(self, engine, say).run(part)
 
 

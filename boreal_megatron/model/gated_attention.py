@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
-from torch.nn.attention.bias import causal_lower_right
 
 from boreal_megatron.model import context, packed_kernels, rope
 from boreal_megatron.model.packed_kernels import Lengths
@@ -86,8 +85,11 @@ class CoreAttention(MegatronModule):
 
     def stretch(self, q, k, v):
         """The last queries of a stretch of one document, with all its keys."""
-        aligned = q.shape[2] == k.shape[2]
-        mask = None if aligned else causal_lower_right(q.shape[2], k.shape[2])
+        aligned, mask = q.shape[2] == k.shape[2], None
+        if not aligned:
+            from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, for seconds
+
+            mask = causal_lower_right(q.shape[2], k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=aligned, scale=self.scale, enable_gqa=True)
 
 

@@ -8,6 +8,13 @@ from boreal_megatron.config.layout import padded_vocab
 from boreal_megatron.config.pattern import expand
 from boreal_megatron.config.presets import CARDS
 
+EXPLAIN = """\
+Parameters from the shapes alone, weights and vectors; the built network has the same, element for element.
+  active      what one position meets: top_k of the experts, everything else whole
+  tied        embedding and head are one matrix, counted once
+  MTP head    its half-blocks, their norms, the 2h x h projection and three norms; listed apart, as the cards do
+  not counted rows that pad the vocabulary to a multiple of 128, and the router's balancing bias (a buffer)"""
+
 
 def count(model):
     """Count a network.

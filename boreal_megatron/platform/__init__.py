@@ -88,3 +88,9 @@ def imagine():
     from boreal_megatron.platform import meta
 
     _asked = Platform("meta", meta.BACKEND)
+
+
+if not torch.cuda.is_available():
+    from boreal_megatron.platform import cpu
+
+    cpu.import_megatron()

@@ -8,6 +8,7 @@ collectives that only NCCL has.
 
 import contextlib
 import ctypes
+import importlib.util
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -23,8 +24,6 @@ def install():
         return
     assert not torch.cuda.is_available(), "the CPU platform is for machines without CUDA"
     _installed = True
-    # megatron-core's jit_fuser is torch.compile; compiling on CPU costs 20 s at the first step and needs a compiler.
-    torch.compiler.set_stance("force_eager")
     # Gates that forget within a position leave denormal numbers, which cost a CPU twenty ordinary ones.
     torch.set_flush_denormal(True)
     _memory()
@@ -32,8 +31,20 @@ def install():
     _rng()
     _dispatcher()
     _uneven_collectives()
+    _optimizer()
     # Mode objects are per thread: autograd's own threads run only backward formulas, which create no named devices.
     CudaNames(_CPU).__enter__()
+
+
+def import_megatron():
+    """Import megatron-core with its fused functions as they are written. It gives them to torch.compile as it is
+    imported, which imports the compiler, half of a process's start, and compiles for 20 s at the first step."""
+    compiler, torch.compile = torch.compile, lambda function=None, **options: function or (lambda later: later)
+    try:
+        from megatron.core.jit import disable_jit_fuser
+    finally:
+        torch.compile = compiler
+    disable_jit_fuser()
 
 
 def _memory():
@@ -188,3 +199,15 @@ def _uneven_collectives():
         return reduce_scatter(torch.cat(parts), group)[: sizes[group.rank()]]
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, reduce_scatter_any
+
+
+def _optimizer():
+    """torch's AdamW also where Transformer Engine is installed: its FusedAdam, which megatron-core would take, runs on
+    CUDA only."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = distrib_optimizer.Adam = torch.optim.AdamW
+    optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE = True, False

@@ -1,6 +1,8 @@
 """Who may import whom: the table of CONTRIBUTING.md, read off the sources."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ DATA_WITH_TORCH = {"batch"}
 # Package or file -> everything outside the standard library that it may import.
 RULES = {
     "config": {"pydantic", "yaml"} | CONFIG,
-    "plan": CONFIG | {f"{OWN}.plan"},
+    "plan": {"pydantic"} | CONFIG | {f"{OWN}.plan"},
     "platform": {"torch", "megatron", f"{OWN}.platform"},
     "durable.py": set(),
     "errors.py": set(),
@@ -45,8 +47,6 @@ def imports(path):
 
 
 def allowed(name, permitted):
-    import sys
-
     top = name.split(".")[0]
     if top in sys.stdlib_module_names:
         return True
@@ -67,6 +67,17 @@ def test_data_tools_start_without_torch():
         if path.stem not in DATA_WITH_TORCH:
             heavy = [name for name, _, top in imports(path) if top and name.split(".")[0] in ("torch", "megatron")]
             assert not heavy, path
+
+
+def test_a_run_on_a_cpu_starts_without_torchs_compiler():
+    """Importing it takes as long as everything else together."""
+    code = (
+        "import sys; from boreal_megatron.train import loop; from boreal_megatron import dry_run, generate; "
+        "from boreal_megatron.convert import export, importer; "
+        "assert 'megatron.core' in sys.modules and not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)"
+    )
+    for first in ("", "import boreal_megatron.model.boreal; ", "import boreal_megatron.dry_run; "):
+        subprocess.run([sys.executable, "-c", first + code], check=True)
 
 
 def test_kernels_know_torch_and_themselves_only():

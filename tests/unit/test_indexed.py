@@ -35,8 +35,8 @@ def test_known_bytes(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_same_bytes_as_megatron_core_and_read_by_it(tmp_path, dtype):
-    torch = pytest.importorskip("torch")
-    theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    import torch
+    from megatron.core.datasets import indexed_dataset as theirs
     builder = theirs.IndexedDatasetBuilder(str(tmp_path / "mcore.bin"), dtype=dtype)
     for ids in DOCUMENTS:
         builder.add_document(torch.tensor(ids, dtype=torch.int64), [len(ids)])
@@ -50,8 +50,8 @@ def test_same_bytes_as_megatron_core_and_read_by_it(tmp_path, dtype):
 
 
 def test_reads_documents_of_several_sequences_as_megatron_core_writes_them(tmp_path):
-    torch = pytest.importorskip("torch")
-    theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    import torch
+    from megatron.core.datasets import indexed_dataset as theirs
     builder = theirs.IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=np.uint16)
     builder.add_document(torch.tensor([1, 2, 3, 4, 5]), [2, 3])
     builder.add_document(torch.tensor([6]), [1])

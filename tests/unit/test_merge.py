@@ -40,7 +40,7 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_same_bytes_as_megatron_core(tmp_path, dtype, small_blocks):
-    theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    from megatron.core.datasets import indexed_dataset as theirs
     names = [make(tmp_path / n, docs, dtype) for n, docs in (("a", PLAIN), ("b", FOREIGN), ("c", PLAIN[::-1]))]
     builder = theirs.IndexedDatasetBuilder(str(tmp_path / "mcore.bin"), dtype=dtype)
     for name in names:

@@ -75,8 +75,8 @@ def test_documents_are_their_ids_and_the_end(tmp_path, folder, tokenizer, append
 
 
 def test_same_files_as_megatron_core_makes_of_the_same_documents(tmp_path, folder, tokenizer):
-    torch = pytest.importorskip("torch")
-    theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    import torch
+    from megatron.core.datasets import indexed_dataset as theirs
     run([jsonl(tmp_path / "in.jsonl", DOCUMENTS)], folder, tmp_path / "out")
     builder = theirs.IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=np.uint16)
     for text in DOCUMENTS:
