@@ -28,7 +28,7 @@ WRONG = "do not train with it: `boreal doctor` knows versions that are wrong; ke
 
 
 def dtype_of(config):
-    return torch.float32 if str(config.precision) == "fp32" else torch.bfloat16
+    return torch.float32 if config.precision.compute == "fp32" else torch.bfloat16
 
 
 def choices(here):

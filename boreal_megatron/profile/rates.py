@@ -19,13 +19,14 @@ def step_flops(config, phase):
 
 
 def peak(config, device_name):
-    """(FLOP/s, bytes/s) of the device in the run's precision, or None where the table of GPUs does not say.
+    """(FLOP/s, bytes/s) of the device in bf16, which FP8 runs are put beside too; None in fp32, and where the table of
+    GPUs does not have the device.
 
     Args:
         device_name: what CUDA calls it, or None.
     """
     found = hardware.of_device(device_name)
-    if found is None or config.precision != "bf16":
+    if found is None or config.precision.compute != "bf16":
         return None
     return found.bf16 * TERA, found.hbm * GIGA
 
