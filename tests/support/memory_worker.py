@@ -23,7 +23,7 @@ from boreal_megatron import parallel
 from boreal_megatron.config import schema
 from boreal_megatron.data import batch
 from boreal_megatron.log import quiet
-from boreal_megatron.model import boreal, gated_attention
+from boreal_megatron.model import boreal
 from boreal_megatron.model import router as router_module
 from boreal_megatron.train import optim, step
 from torch.multiprocessing import start_processes
@@ -127,14 +127,20 @@ def _note(chunk, alive, kept):
         yield layer.register_forward_hook(after)
 
 
-def unseen(*sizes, make=gated_attention.causal_lower_right):
-    """torch cannot make this subclass of Tensor under a dispatch mode; it has no elements."""
-    with _disable_current_modes():
-        return make(*sizes)
+def hide_masks():
+    """torch cannot make this subclass of Tensor under a dispatch mode; it has no elements. Context parallelism does."""
+    from torch.nn.attention import bias
+
+    def unseen(*sizes, make=bias.causal_lower_right):
+        with _disable_current_modes():
+            return make(*sizes)
+
+    bias.causal_lower_right = unseen
 
 
 def rank_of(number, world, plan, out):
-    gated_attention.causal_lower_right = unseen
+    if any(values["parallel"]["context"] > 1 for values in plan):
+        hide_masks()
     for turn, values in enumerate(plan):
         config = schema.Config.model_validate(values)
         store = dist.FileStore(f"{out}.store.{turn}", world)
