@@ -74,7 +74,9 @@ def parser():
 
     from boreal_megatron.data import cli as data_cli
     from boreal_megatron.plan import cli as plan_cli
+    from boreal_megatron.profile import cli as profile_cli
 
+    profile_cli.add_parser(verbs)
     plan_cli.add_parser(verbs)
     data_cli.add_parser(verbs)
 
@@ -118,10 +120,9 @@ def config_arguments(p):
 
 
 def load_config(words):
-    from boreal_megatron.config.load import load
+    from boreal_megatron.config.load import load_words
 
-    files = [w for w in words if "=" not in w]
-    return load(files, [w for w in words if "=" in w])
+    return load_words(words)
 
 
 def train(args):

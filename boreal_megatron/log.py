@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 LINE = (
     " [{time}] iteration {step:8d}/{steps:8d} | consumed samples: {samples:12d} | "
-    "elapsed time per iteration (ms): {ms:.1f} | learning rate: {lr:.6E} | global batch size: {batch:5d} | "
-    "lm loss: {loss:.6E} | {mtp}loss scale: 1.0 | grad norm: {norm:.3f} | number of skipped iterations:   0 | "
+    "elapsed time per iteration (ms): {ms:.1f} | throughput per GPU (TFLOP/s/GPU): {teraflops:.3f} | "
+    "learning rate: {lr:.6E} | global batch size: {batch:5d} | lm loss: {loss:.6E} | {mtp}loss scale: 1.0 | grad norm: {norm:.3f} | number of skipped iterations:   0 | "
     "number of nan iterations:   0 |"
 )
 
@@ -53,15 +53,17 @@ class Reporter:
             sys.stdout.flush()
 
     def record(self, kind, step, **values):
-        """A record for programs: one JSON line, and each number as a TensorBoard scalar."""
+        """A record for programs: one JSON line, and each number, in dicts too, as a TensorBoard scalar."""
         if not self.speaks:
             return
         values = {key: value for key, value in values.items() if value is not None}
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.file.flush()
         for key, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(f"{kind}/{key}", value, step)
+            inside = {f"{key}/{part}": each for part, each in value.items()} if isinstance(value, dict) else {key: value}
+            for name, number in inside.items():
+                if isinstance(number, (int, float)):
+                    self.board.add_scalar(f"{kind}/{name}", number, step)
 
     def advance(self, step, loss):
         if self.speaks:
@@ -76,7 +78,7 @@ class Reporter:
             self.file.close()
 
 
-def megatron_line(*, step, steps, samples, seconds, lr, batch, loss, mtp_loss, norm):
+def megatron_line(*, step, steps, samples, seconds, teraflops, lr, batch, loss, mtp_loss, norm):
     """The line that people's log parsers read."""
     mtp = f"mtp_1 loss: {mtp_loss:.6E} | " if mtp_loss is not None else ""
     return LINE.format(
@@ -85,6 +87,7 @@ def megatron_line(*, step, steps, samples, seconds, lr, batch, loss, mtp_loss, n
         steps=steps,
         samples=samples,
         ms=seconds * 1000,
+        teraflops=teraflops,
         lr=lr,
         batch=batch,
         loss=loss,

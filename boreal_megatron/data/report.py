@@ -1,16 +1,14 @@
 """One HTML page about data sets: what each holds, what all hold together, and what is wrong, in plots and tables.
 
-The page is one file: its plots are inside it, and nothing is fetched from anywhere. Needs matplotlib, of the `plot`
-extra.
+Needs matplotlib, of the `plot` extra.
 """
 
-import base64
 import html
-import io
 from pathlib import Path
 
 import numpy as np
 
+from boreal_megatron import page
 from boreal_megatron.data.indexed import write_errors
 from boreal_megatron.data.inspect import ROWS, Lengths, render_check, scan_all
 from boreal_megatron.durable import write_atomically
@@ -19,18 +17,7 @@ from boreal_megatron.errors import BorealError, ProblemsError
 CURVES = 6  # in one plot; the largest sources
 TOP_TOKENS = 30
 FILES_LISTED = 50
-HATCHES = ("", "//", "..", "xx", "--", "oo")  # sources are told apart without colour, too
-LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "x")
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }
-body { color: #111; background: #fff }
-table { border-collapse: collapse; margin: 1em 0 }
-th, td { padding: .2em .8em; border-bottom: 1px solid #bbb; text-align: right; vertical-align: top }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere }
-.problems { border: 3px solid #b00020; color: #b00020; padding: 0 1em; margin: 1em 0 }
-img { max-width: 100% } code { background: #eee; white-space: pre-wrap }
-"""
 
 
 def report(prefixes, out_html, tokenizer=None, progress=True):
@@ -48,10 +35,7 @@ def report(prefixes, out_html, tokenizer=None, progress=True):
     Raises:
         BorealError: no matplotlib, another tokenizer, nothing that can be read, the page cannot be written.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise BorealError("report: plots need matplotlib. Install it: pip install 'boreal-megatron[plot]'") from None
+    page.need_matplotlib("report")
     result, scans = scan_all(prefixes, "report", progress, frequencies=True)
     if not scans:
         raise ProblemsError("report: no dataset can be read", result["problems"] or ["none given"])
@@ -78,8 +62,7 @@ def write(path, text):
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # ASCII, whatever the encoding of the machine; browsers show the references as the characters.
-            write_atomically(path, text.encode("ascii", "xmlcharrefreplace").decode())
+            write_atomically(path, page.ascii_only(text))
         except BaseException:
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             raise
@@ -89,10 +72,7 @@ def write(path, text):
 
 
 def _page(result, scans, tokenizer):
-    yield (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Data report</title>'
-        f"<style>{STYLE}</style></head><body>\n<h1>Data report</h1>\n"
-    )
+    yield page.head("Data report")
     if result["problems"]:
         lines = "".join(f"<li>{html.escape(problem)}</li>" for problem in result["problems"])
         yield f'<div class="problems"><h2>Problems ({len(result["problems"]):,})</h2><ul>{lines}</ul></div>\n'
@@ -113,7 +93,7 @@ def _page(result, scans, tokenizer):
     yield _sidecar_section("bins", "Curriculum bins", "curriculum bin of the document", scans, names)
     yield _skipped_section(scans, names)
     yield _provenance_section(scans, names)
-    yield "</body></html>\n"
+    yield page.END
 
 
 def _summary(result, scans, names, tokenizer):
@@ -144,7 +124,7 @@ def _summary(result, scans, names, tokenizer):
         "vocabulary", "of it unused",
     )  # fmt: skip
     paths = "".join(f"<li>{html.escape(name)}: <code>{html.escape(p)}</code></li>" for p, name in names.items())
-    return f"<h2>Sources</h2>{_table(head, rows)}<ul>{paths}</ul>\n"
+    return f"<h2>Sources</h2>{page.table(head, rows)}<ul>{paths}</ul>\n"
 
 
 def _lengths_section(scans, names, lengths):
@@ -156,7 +136,7 @@ def _lengths_section(scans, names, lengths):
     def draw(axes):
         for n, (name, (values, counts)) in enumerate(_largest(counted, lambda pair: pair[1].sum())):
             shares = np.histogram(values, edges, weights=counts)[0] / counts.sum()
-            axes.stairs(shares, edges, label=name, linestyle=LINES[n % len(LINES)], linewidth=1.5 + n % 2)
+            axes.stairs(shares, edges, label=name, linestyle=page.LINES[n % len(page.LINES)], linewidth=1.5 + n % 2)
         for name, style in (("median", "-"), ("p99", ":")):
             label = f"{name} of all, {quantiles[name]:,}"
             axes.axvline(max(quantiles[name], 1), color="0.4", linewidth=1, linestyle=style, label=label)
@@ -168,8 +148,8 @@ def _lengths_section(scans, names, lengths):
     rows = [[names[p], *map(_count, scanned.lengths.quantiles().values())] for p, scanned in scans.items()]
     if len(scans) > 1:
         rows.append(["together", *map(_count, quantiles.values())])
-    table = _table(("tokens a document", *quantiles), rows)
-    return f"<h2>Document lengths</h2>{_plot(draw, alt)}<p>Empty documents are left out of the plot.</p>{table}\n"
+    table = page.table(("tokens a document", *quantiles), rows)
+    return f"<h2>Document lengths</h2>{page.plot(draw, alt)}<p>Empty documents are left out of the plot.</p>{table}\n"
 
 
 def _tokens_section(scans, names, tokenizer):
@@ -190,7 +170,7 @@ def _tokens_section(scans, names, tokenizer):
             used = np.sort(counts[counts > 0])[::-1]
             ranks = np.unique(np.geomspace(1, used.size, 300).astype(np.int64))
             axes.plot(
-                ranks, used[ranks - 1] / used.sum(), LINES[n % len(LINES)], marker=MARKERS[n % len(MARKERS)],
+                ranks, used[ranks - 1] / used.sum(), page.LINES[n % len(page.LINES)], marker=MARKERS[n % len(MARKERS)],
                 markevery=25, markersize=4, label=name if len(name) < 60 else name[:57] + "...",
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", title="How often tokens occur", ylabel="share of all tokens")
@@ -206,9 +186,9 @@ def _tokens_section(scans, names, tokenizer):
             for n, i in enumerate(top, 1) if counts[i]
         ]  # fmt: skip
         head = ("rank", "id", *(["text"] if tokenizer else []), "times", "share")
-        tables.append(f"<h3>Most frequent tokens: {html.escape(name)}</h3>{_table(head, rows)}")
+        tables.append(f"<h3>Most frequent tokens: {html.escape(name)}</h3>{page.table(head, rows)}")
     used = "; ".join(f"{name}: {np.count_nonzero(counts):,} different tokens" for name, counts in groups.items())
-    return f"<h2>Tokens</h2>{_plot(draw, f'Frequency of tokens by rank, both logarithmic. {used}.')}{''.join(tables)}\n"
+    return f"<h2>Tokens</h2>{page.plot(draw, f'Frequency of tokens by rank, both logarithmic. {used}.')}{''.join(tables)}\n"
 
 
 def _sidecar_section(name, title, label, scans, names):
@@ -227,7 +207,7 @@ def _sidecar_section(name, title, label, scans, names):
             counts = sum(np.histogram(some, edges)[0] for some in _finite(rows))
             axes.bar(
                 edges[:-1] + 0.1 * (edges[1] - edges[0]) + n * width, counts / len(rows), width, align="edge",
-                label=source, hatch=HATCHES[n % len(HATCHES)], edgecolor="black", linewidth=0.5,
+                label=source, hatch=page.HATCHES[n % len(page.HATCHES)], edgecolor="black", linewidth=0.5,
             )  # fmt: skip
         if whole:
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -235,8 +215,8 @@ def _sidecar_section(name, title, label, scans, names):
         axes.legend()
 
     rows = [[source, *(f"{value:g}" for value in span)] for source, span in spans.items()]
-    table = _table(("source", "min", "mean", "max"), rows)
-    return f"<h2>{title}</h2>{_plot(draw, f'Histogram of {name} from {low:g} to {high:g}.')}{table}\n"
+    table = page.table(("source", "min", "mean", "max"), rows)
+    return f"<h2>{title}</h2>{page.plot(draw, f'Histogram of {name} from {low:g} to {high:g}.')}{table}\n"
 
 
 def _finite(rows):
@@ -261,7 +241,7 @@ def _skipped_section(scans, names):
         for prefix, scanned in scans.items()
         for reason, count in (scanned.part.meta or {}).get("skipped", {}).items()
     ]
-    return f"<h2>Passed over</h2>{_table(('source', 'reason', 'times'), rows)}\n" if rows else ""
+    return f"<h2>Passed over</h2>{page.table(('source', 'reason', 'times'), rows)}\n" if rows else ""
 
 
 def _provenance_section(scans, names):
@@ -279,32 +259,10 @@ def _provenance_section(scans, names):
         for n, file in enumerate(files[:FILES_LISTED]):
             rows.append([names[prefix], str(file), "?" if counts is None else _count(counts[n])])
     note = f"<p>and {more:,} more files</p>" if more else ""
-    return f"<h2>Where they come from</h2>{_table(('source', 'file', 'documents'), rows)}{note}\n" if rows else ""
+    return f"<h2>Where they come from</h2>{page.table(('source', 'file', 'documents'), rows)}{note}\n" if rows else ""
 
 
 # --- parts of the page ------------------------------------------------------------------------------------------------
-
-
-def _plot(draw, alt):
-    """A plot as an <img> that holds its PNG; `draw` is given the axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    draw(axes)
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
-    data = base64.b64encode(png.getvalue()).decode()
-    return f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>'
-
-
-def _table(head, rows):
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
-
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
 def _count(value):

@@ -5,6 +5,7 @@ Nobody else asks which platform it is. A third one, which a process asks for, on
 """
 
 import os
+import time
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,12 +30,33 @@ class Platform:
 
             meta.install()
         else:
-            torch.cuda.set_device(self.device())
+            from boreal_megatron.platform import cuda
+
+            cuda.install(self.device())
 
     def device(self):
         if self.name == "cuda":
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device(self.name)
+
+    def device_name(self):
+        """What CUDA calls the device; None elsewhere."""
+        return torch.cuda.get_device_name(self.device()) if self.name == "cuda" else None
+
+    def stamp(self):
+        """This point in the device's work, noted without waiting for the device to come there."""
+        if self.name != "cuda":
+            return time.perf_counter()  # operations are done when they return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, stamps):
+        """Seconds from each of `stamp`'s points to the next; waits for the device to have come to the last."""
+        if self.name != "cuda":
+            return [b - a for a, b in zip(stamps, stamps[1:])]
+        stamps[-1].synchronize()
+        return [a.elapsed_time(b) / 1000 for a, b in zip(stamps, stamps[1:])]
 
     def seed(self, seed):
         """Seed every generator that the model may draw from; model-parallel ranks get megatron-core's streams."""

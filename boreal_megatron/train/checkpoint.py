@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
@@ -63,6 +64,7 @@ class Saver:
     def save(self, wrapped, optimizer, state):
         """Request a checkpoint of this very moment. Returns after the copy, or after it was verified."""
         self.wait()
+        optim.gather(wrapped)
         began, folder, step = time.perf_counter(), Path(self.config.checkpoint.folder), state.step
         self.failure = None
         self.report.say(f" checkpoint {store.name(step)}: requested")
@@ -75,7 +77,7 @@ class Saver:
         needed = 16 * params.count(self.config.model)["with_mtp"]
         self.flying = Saving(step, folder / f"{store.name(step)}.partial", record, began)
         try:
-            _first_rank(store.begin, folder, step, needed)
+            first_rank(store.begin, folder, step, needed)
             request = dist_checkpointing.save(
                 _sharded(self.config, wrapped, optimizer, self.mesh),
                 str(self.flying.partial),
@@ -133,7 +135,7 @@ class Saver:
             f"{time.perf_counter() - flying.began:.1f} s"
         )
         writers = range(self.mesh.world)
-        self.last_good = _first_rank(store.finish, flying.partial, self.config, flying.record, writers)
+        self.last_good = first_rank(store.finish, flying.partial, self.config, flying.record, writers)
         self.flying = None
         seconds = time.perf_counter() - flying.began
         waited = flying.waited if self.queue else seconds
@@ -177,7 +179,7 @@ def _shards(partial, rank):
     return sorted(Path(partial).glob(f"__{rank}_*.distcp"))
 
 
-def _first_rank(function, *args):
+def first_rank(function, *args):
     """Call a function on rank 0; its result or its BorealError on every rank."""
     said = [None, None]
     if dist.get_rank() == 0:
@@ -206,7 +208,7 @@ def find(options, mesh):
     Raises:
         ProblemsError: the latest one is damaged, and `checkpoint.fall_back` does not allow an earlier one.
     """
-    latest = _first_rank(_recovered, options.folder)
+    latest = first_rank(_recovered, options.folder)
     if latest is None:
         return None, []
     passed_over = []
@@ -399,8 +401,11 @@ def _sharded(config, wrapped, optimizer, mesh, is_loading=False):
 
 
 def _something(entry):
-    """Layers of megatron-core's own have an `_extra_state` each, which is None: thousands of them for 128 experts."""
-    empty = isinstance(entry, ShardedObject) and entry.data is None
+    """Layers of megatron-core's own have an `_extra_state` each, which is None, Transformer Engine's an empty tensor
+    unless FP8 scaling remembers something: thousands of them for 128 experts."""
+    empty = isinstance(entry, ShardedObject) and (
+        entry.data is None or (torch.is_tensor(entry.data) and not entry.data.numel())
+    )
     return LocalNonpersistentObject(None) if empty else entry
 
 

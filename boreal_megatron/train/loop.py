@@ -10,14 +10,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from boreal_megatron import parallel
-from boreal_megatron.config import check, phases
+from boreal_megatron import parallel, platform
+from boreal_megatron.config import check, fp8, phases
 from boreal_megatron.data import blend
 from boreal_megatron.data.dataset import Loader, check_tokenizer
 from boreal_megatron.log import Reporter, megatron_line
-from boreal_megatron.model import kernels, router
+from boreal_megatron.model import kernels, provider, router
 from boreal_megatron.plan import params
-from boreal_megatron.train import checkpoint, drill, state as train_state, step as train_step
+from boreal_megatron.profile.rates import of_step, peak
+from boreal_megatron.profile.timers import Clock, by_kind, mean_over_ranks
+from boreal_megatron.train import checkpoint, drill, optim, state as train_state, step as train_step
 
 
 def train(config, *, world, resume_drill=0):
@@ -45,18 +47,26 @@ def run(config, mesh, loader, resume_drill):
     chunks, wrapped, optimizer, state = checkpoint.begin(config, mesh, loader, resumed)
     plan = phases.spans(config.phases)
     report = Reporter(config.checkpoint.folder, mesh.last_rank, plan[-1].end_step, state.step)
-    announce(report, config, mesh, loader, chunks[0].kernels, plan, state, resumed, passed_over, rehearsed)
+    announce(report, config, mesh, loader, chunks[0], plan, state, resumed, passed_over, rehearsed)
     signals = Signals()
     saver = checkpoint.Saver(config, mesh, report, resumed)
+    clock, limits = Clock(wrapped, mesh), peak(config, platform.current().device_name())
     first_step, validation, began = state.step, None, time.perf_counter()
 
     while phases.at(config.phases, *state.now) is not None:
-        before, step = state, train_step.take(config, wrapped, optimizer, mesh, loader, state, saver.last_good)
+        logged = (state.step + 1) % config.log.every_steps == 0
+        before = state
+        with clock.running() if logged else contextlib.nullcontext():
+            step = train_step.take(
+                config, wrapped, optimizer, mesh, loader, state, saver.last_good, mark=clock.mark
+            )
         state, phase = step.state, step.phase
         if phase.name != before.ledger.phase:
             report.say(f" phase {phase.name}: bags of {phase.bag_size}, windows of {phase.sequence} positions")
 
         seconds, began = time.perf_counter() - began, time.perf_counter()
+        kinds = mean_over_ranks(by_kind(clock.spans(), seconds), mesh) if logged else None
+        speed = of_step(config, phase, mesh.world, seconds, limits, kinds)
         report.advance(state.step, step.loss)
         balance = {} if step.loads is None else router.balance(step.loads)
         report.record(
@@ -71,18 +81,21 @@ def run(config, mesh, loader, resume_drill):
             seconds=seconds,
             data_seconds=step.data_seconds,
             positions_per_second=phase.positions_per_step / seconds,
+            kind_seconds=kinds,
+            **speed,
             raw_tokens=state.ledger.raw_tokens,
             positions=state.ledger.positions,
             expert_loads=None if step.loads is None else step.loads.int().tolist(),
             **balance,
         )
-        if state.step % config.log.every_steps == 0:
+        if logged:
             report.say(
                 megatron_line(
                     step=state.step,
                     steps=plan[-1].end_step,
                     samples=state.ledger.windows,
                     seconds=seconds,
+                    teraflops=speed["teraflops"],
                     lr=step.learning_rate,
                     batch=phase.windows_per_step(),
                     loss=step.loss,
@@ -107,6 +120,7 @@ def run(config, mesh, loader, resume_drill):
 
     saver.close()
     finished = phases.at(config.phases, *state.now) is None
+    optim.gather(wrapped)
     if not finished:
         report.say(f" leaving after iteration {state.step}; the same command goes on from {saver.last_good}")
     if finished and state.step == first_step:
@@ -126,7 +140,7 @@ def run(config, mesh, loader, resume_drill):
     return summary
 
 
-def announce(report, config, mesh, loader, choices, plan, state, resumed, passed_over, rehearsed):
+def announce(report, config, mesh, loader, model, plan, state, resumed, passed_over, rehearsed):
     """What is about to happen: sizes, layout, kernels, phases in both units, data, what was rehearsed, where it goes on."""
     cut, size = config.parallel, params.count(config.model)
     report.say(
@@ -136,8 +150,12 @@ def announce(report, config, mesh, loader, choices, plan, state, resumed, passed
         f"context {cut.context}, data {mesh.dp_size}, expert {cut.expert}"
         f"{f' x tensor {cut.expert_tensor}' if cut.expert_tensor > 1 else ''} | {config.precision}"
     )
-    for line in kernels.lines(choices):
+    for line in kernels.lines(model.kernels):
         report.say(f" kernels {line}")
+    for line in provider.lines(model.choices):
+        report.say(f" modules {line}")
+    for line in fp8.lines(config):
+        report.say(f" precision {line}")
     for span in plan:
         report.say(
             f" phase {span.phase.name}: {span.steps} steps, {span.end_raw_token - span.first_raw_token:,} raw tokens, "

@@ -32,13 +32,14 @@ class Step:
     loads: torch.Tensor | None
 
 
-def take(config, wrapped, optimizer, mesh, loader, state, last_good=None):
+def take(config, wrapped, optimizer, mesh, loader, state, last_good=None, mark=lambda kind: None):
     """Read a global batch, run it forward and backward, move the weights.
 
     Args:
         wrapped: this rank's DDP-wrapped chunks, a list.
         state: the run's, with a phase left to train in.
         last_good: the checkpoint that an error names.
+        mark: called with what the time belongs to from there on (`profile.timers.Clock.mark`).
 
     Returns:
         Step.
@@ -47,14 +48,18 @@ def take(config, wrapped, optimizer, mesh, loader, state, last_good=None):
     if phase.name != state.ledger.phase:
         state = dataclasses.replace(state, entered=state.now)
     lr = schedule.learning_rate(config, state.now, state.entered)
+    mark("data")
     batches, after, data_seconds = read(config, loader, phase, state)
+    mark("optimizer")
     optimizer.zero_grad()
     losses, loads = forward_backward(config, wrapped, mesh, phase, batches)
+    mark("optimizer")
     loss, mtp_loss = means(losses)
     norm = optim.gradient_norm(optimizer)
     health.check(state.step + 1, loss, norm, last_good)
     optim.set_learning_rate(optimizer, lr, config.optimizer.weight_decay)
     optim.update(optimizer, norm, config.optimizer.clip)
+    mark("communication")
     return Step(after, phase, loss, mtp_loss, norm, lr, _longest(data_seconds, mesh), loads)
 
 

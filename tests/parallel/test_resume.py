@@ -16,6 +16,9 @@ def assert_ends_like(whole, folder, text):
     assert digests(text) == expected
     ours = metrics(folder)
     assert list(ours) == list(range(1, 25))
+    # Kinds of time are means over the two ranks, which wait for each other in every step.
+    took = sum(sum(r["kind_seconds"].values()) for r in theirs.values())
+    assert took == pytest.approx(sum(r["seconds"] for r in theirs.values()), rel=0.2)
     assert [r["loss"] for r in ours.values()] == [r["loss"] for r in theirs.values()]
 
 

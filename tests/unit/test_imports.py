@@ -16,21 +16,23 @@ DATA_WITH_TORCH = {"batch"}
 # Package or file -> everything outside the standard library that it may import.
 RULES = {
     "config": {"pydantic", "yaml"} | CONFIG,
-    "plan": {"pydantic"} | CONFIG | {f"{OWN}.plan"},
+    "plan": {"pydantic", "yaml"} | CONFIG | {f"{OWN}.plan"},
     "platform": {"torch", "megatron", f"{OWN}.platform"},
     "durable.py": set(),
     "errors.py": set(),
     "log.py": {"torch", "tqdm"},
+    "page.py": {"matplotlib", f"{OWN}.errors"},
     "safe.py": {"torch", f"{OWN}.errors"},
-    "compat.py": {"torch", "megatron", "packaging", f"{OWN}.errors", f"{OWN}.safe"},
+    "compat.py": {"torch", "megatron", "transformer_engine", "packaging", f"{OWN}.errors", f"{OWN}.safe"},
     "parallel.py": {"torch", "megatron", f"{OWN}.compat", f"{OWN}.platform"} | CONFIG,
-    "model": {"torch", "megatron", "boreal_kernels", f"{OWN}.model", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.compat"} | CONFIG,
-    "data": {"numpy", "torch", "megatron", "tokenizers", "gigatoken", "sentencepiece", "orjson", "pyarrow", "zstandard", "fsspec", "matplotlib", "tqdm", f"{OWN}.data", f"{OWN}.parallel"} | FILES | CONFIG,
-    "train": {"torch", "megatron", "nvidia_resiliency_ext", "yaml", "matplotlib", f"{OWN}.safe", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | FILES | CONFIG,
+    "model": {"torch", "megatron", "transformer_engine", "flash_attn", "boreal_kernels", f"{OWN}.model", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.compat"} | CONFIG,
+    "data": {"numpy", "torch", "megatron", "tokenizers", "gigatoken", "sentencepiece", "orjson", "pyarrow", "zstandard", "fsspec", "tqdm", f"{OWN}.data", f"{OWN}.page", f"{OWN}.parallel"} | FILES | CONFIG,
+    "train": {"torch", "megatron", "nvidia_resiliency_ext", "yaml", "matplotlib", f"{OWN}.safe", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan", f"{OWN}.profile.rates", f"{OWN}.profile.timers"} | FILES | CONFIG,
     "doctor.py": {"torch", "boreal_kernels", "packaging"},
     "preflight": {"torch", "megatron", "boreal_kernels", "psutil", f"{OWN}.preflight", f"{OWN}.doctor", f"{OWN}.plan", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.model"} | CONFIG,
     "acceptance": {"torch", "numpy", f"{OWN}.acceptance", f"{OWN}.preflight", f"{OWN}.doctor", f"{OWN}.plan", f"{OWN}.profile", f"{OWN}.parallel", f"{OWN}.data", f"{OWN}.model", f"{OWN}.train"} | CONFIG,
     "dry_run.py": {"torch", "megatron", f"{OWN}.plan", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.model", f"{OWN}.train"} | CONFIG,
+    "profile": {"torch", "matplotlib", f"{OWN}.cli", f"{OWN}.profile", f"{OWN}.page", f"{OWN}.train", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | FILES | CONFIG,
     "convert": {"torch", "safetensors", f"{OWN}.safe", "transformers", "numpy", f"{OWN}.convert", f"{OWN}.train", f"{OWN}.data", f"{OWN}.model", f"{OWN}.parallel"} | FILES | CONFIG,
 }  # fmt: skip
 SOURCES = sorted((ROOT / OWN).rglob("*.py"))
