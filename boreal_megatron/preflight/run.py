@@ -156,7 +156,8 @@ def text(found):
     """A report for people."""
     failed = [r for r in found["rows"] if r["status"] == FAIL]
     hosts = sorted({r["host"] for r in failed})
-    end = f"{len(failed)} checks failed on {', '.join(hosts)}" if failed else "nothing failed"
+    count = f"{len(failed)} finding{'s' if len(failed) != 1 else ''} failed"
+    end = f"{count} on {', '.join(hosts)}" if failed else "nothing failed"
     return f"{table(found['rows'], found['world'])}\n\npreflight: {end}"
 
 
