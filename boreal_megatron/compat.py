@@ -37,6 +37,7 @@ def apply():
     _results_of_a_save()
     _no_code_from_checkpoints()
     _output_layer_without_apex()
+    _router_in_fp32()
     _fp8_state_without_pickle()
 
 
@@ -198,6 +199,18 @@ def _output_layer_without_apex():
     from megatron.core.tensor_parallel import layers
 
     layers._grad_accum_fusion_available = True
+
+
+def _router_in_fp32():
+    """The router's product where Transformer Engine is installed.
+
+    Why: upstream then multiplies by Transformer Engine's product, which wants operands of one dtype and takes FP32 ones
+    as TF32. Our router's weight is FP32 and meets bf16 positions, and top-k flips on rounding of the scores.
+    Versions: 0.19.2. Upstream: transformer/moe/moe_utils.py, `RouterGatingLinearFunction`.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
 
 
 def _fp8_state_without_pickle():

@@ -202,12 +202,16 @@ def _uneven_collectives():
 
 
 def _optimizer():
-    """torch's AdamW also where Transformer Engine is installed: its FusedAdam, which megatron-core would take, runs on
-    CUDA only."""
+    """torch's AdamW and norms also where Transformer Engine is installed: its own, which megatron-core would take, run
+    on CUDA only."""
     if importlib.util.find_spec("transformer_engine") is None:
         return
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
 
     optimizer.Adam = distrib_optimizer.Adam = torch.optim.AdamW
     optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE = True, False
+    clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.multi_tensor_scale_tensor_impl = None

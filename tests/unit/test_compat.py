@@ -183,3 +183,20 @@ def test_an_output_layer_still_refuses_fused_weight_gradients_without_apex(mesh)
     finally:
         layers._grad_accum_fusion_available = True
     output_layer()
+
+
+def test_the_router_is_still_multiplied_by_transformer_engine_where_it_is_installed(mesh, monkeypatch):
+    """Whatever the operands' dtypes. Once upstream leaves FP32 weights alone, compat._router_in_fp32 can go."""
+    from megatron.core.transformer.moe import moe_utils
+
+    assert moe_utils.te_general_gemm is None  # as `apply` leaves it
+    arguments = torch.ones(2, 4, dtype=torch.bfloat16), torch.full((3, 4), 1.0 + 2**-20), None, torch.float32
+    exact = moe_utils.router_gating_linear(*arguments)
+    assert torch.equal(exact, torch.full((2, 3), 4.0 + 2**-18))  # FP32: TF32 would have lost the last term
+
+    def product(weight, positions, *unused, **options):
+        raise RuntimeError(f"{weight.dtype} with {positions.dtype}")
+
+    monkeypatch.setattr(moe_utils, "te_general_gemm", product)
+    with pytest.raises(RuntimeError, match="torch.float32 with torch.bfloat16"):
+        moe_utils.router_gating_linear(*arguments)
