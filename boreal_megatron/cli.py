@@ -53,6 +53,18 @@ def parser():
     )  # fmt: skip
     p.set_defaults(run=train)
 
+    p = verbs.add_parser("doctor", help="what is installed, what each component buys, what is known to be wrong")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=doctor)
+
+    p = verbs.add_parser("preflight", help="prove a launch's machines before its first step; start it as the run itself")
+    config_arguments(p)
+    p.add_argument("--folder", help="where to try the storage; default: checkpoint.folder")
+    silence = "of silence after which a rank counts as hung; default: %(default)s"
+    p.add_argument("--timeout", type=float, default=180.0, metavar="SECONDS", help=silence)
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=preflight)
+
     p = verbs.add_parser("check", help="say everything that is wrong with a configuration")
     config_arguments(p)
     p.add_argument("--world", type=int, help="number of processes the run will have")
@@ -108,10 +120,9 @@ def config_arguments(p):
 
 
 def load_config(words):
-    from boreal_megatron.config.load import load
+    from boreal_megatron.config.load import load_words
 
-    files = [w for w in words if "=" not in w]
-    return load(files, [w for w in words if "=" in w])
+    return load_words(words)
 
 
 def train(args):
@@ -165,6 +176,37 @@ def check(args):
     with bar("dry run", "classes") as progress:
         found = dry_run(config, args.world, progress)
     print(json.dumps(found, indent=1) if args.json else table(found))
+
+
+def doctor(args):
+    from boreal_megatron.log import quiet
+
+    quiet()
+    from boreal_megatron import doctor as look
+
+    rows = look.examine()
+    failed = [row for row in rows if row["state"] in look.FAILURES]
+    if args.json:
+        print(json.dumps({"components": rows, "install": look.install_lines()}, indent=1))
+    else:
+        print("\n".join([look.table(rows), "", "on a GPU machine:", *look.install_lines()]))
+    return int(bool(failed))
+
+
+def preflight(args):
+    config = load_config(args.config)
+    from boreal_megatron.log import quiet
+
+    quiet()
+    from boreal_megatron import parallel
+    from boreal_megatron.preflight import run
+
+    def say(found):
+        print(json.dumps(found, indent=1) if args.json else run.text(found), flush=True)
+
+    ok = run.preflight(config, folder=args.folder, patience=args.timeout, say=say)
+    parallel.stop()
+    return int(not ok)
 
 
 def export(args):

@@ -4,6 +4,7 @@ Everyone else is given a `Mesh`, or the `ProcessGroupCollection` inside it.
 """
 
 import atexit
+import datetime
 import os
 import tempfile
 from dataclasses import dataclass
@@ -50,16 +51,25 @@ class Mesh:
         return self.rank == self.world - 1
 
 
-def start(layout, seed):
+def start(layout, seed, store=None, timeout=None):
     """Join torch.distributed (torchrun's variables, or a world of one without them) and build the mesh.
 
     The caller has checked that the layout divides the world (`config.check`).
+
+    Args:
+        layout: `config.schema.Parallel`. seed: the run's.
+        store: torch's, where the caller has joined one already.
+        timeout: seconds after which a collective fails; torch's default without it.
     """
     here = platform.current()
     here.setup()
     compat.apply()
     if not dist.is_initialized():
-        if "WORLD_SIZE" in os.environ:
+        limit = None if timeout is None else datetime.timedelta(seconds=timeout)
+        if store is not None:
+            rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+            dist.init_process_group(here.backend, store=store, rank=rank, world_size=world, timeout=limit)
+        elif "WORLD_SIZE" in os.environ:
             dist.init_process_group(here.backend)
         else:
             folder = tempfile.TemporaryDirectory()

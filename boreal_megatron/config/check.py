@@ -37,14 +37,26 @@ def problems(config, world=None):
     if world is not None and world < 1:
         return [f"world={world}; expected 1 process or more"]
     try:
-        main, mtp = expand(config.model.pattern)
+        expand(config.model.pattern)
     except BorealError as error:
         return [f"model.pattern: {error}"]
+    values = values_of(config, world)
+    rules = [rule for rule in table(len(config.phases)) if values.has(rule)]
+    return [*_plain(config, values[LETTERS]), *_broken(values, rules)]
+
+
+def values_of(config, world=None):
+    """Every field of a configuration by its dotted name, and what the rules look up besides."""
+    main, mtp = expand(config.model.pattern)
     values = Values(_flat("", config.model_dump()))
     values |= {LETTERS: main + (mtp or ""), LAYERS: len(main) // 2, PHASES: len(config.phases)}
     values |= {} if world is None else {"world": world}
-    rules = [rule for rule in table(len(config.phases)) if values.has(rule)]
-    return [*_plain(config, values[LETTERS]), *_broken(values, rules)]
+    return values
+
+
+def broken(values, rule):
+    """What is wrong where a rule does not hold, without what to do."""
+    return _line(values, rule.blame, [rule], "").removesuffix("; ")
 
 
 def data_size(config, world):
@@ -181,6 +193,8 @@ def _flat(at, value):
 def _plain(config, letters):
     """Problems that no number mends."""
     model = config.model
+    yield from _fp8(config)
+    yield from _dispatcher(config)
     if "E" in letters and model.moe is None:
         yield "model.moe: missing, but model.pattern has E (MoE) blocks; describe the experts or use - (dense)"
     rope = model.attention.rope_dim()
@@ -206,3 +220,29 @@ def _plain(config, letters):
     names = [phase.name for phase in config.phases]
     if len(set(names)) < len(names):
         yield f"phases: names must differ; found {names}"
+
+
+def _fp8(config):
+    fp8, kernels = config.precision.fp8, config.kernels
+    if fp8 is None:
+        return
+    at = f"precision.fp8={fp8}"
+    if config.precision.compute != "bf16":
+        yield f"{at} with precision.compute={config.precision.compute}; expected bf16 around FP8, or no precision.fp8"
+    if kernels.linears == "local":
+        yield f"{at} with kernels.linears=local; FP8 needs Transformer Engine's; use te or auto, or no precision.fp8"
+    if fp8 == "delayed" and kernels.experts == "te":
+        yield (
+            f"{at} with kernels.experts=te: a checkpoint cannot keep the amax history of single experts; "
+            "use kernels.experts=grouped_mm, or precision.fp8=tensorwise"
+        )
+
+
+def _dispatcher(config):
+    """DeepEP exchanges between ranks; where every rank has all of every expert there is nothing to exchange."""
+    cut = config.parallel
+    if cut.dispatcher in ("deepep", "hybridep") and cut.expert * cut.expert_tensor == 1:
+        yield (
+            f"parallel.dispatcher={cut.dispatcher} with parallel.expert*parallel.expert_tensor=1; "
+            "expected more than 1, or parallel.dispatcher=alltoall"
+        )

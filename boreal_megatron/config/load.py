@@ -42,6 +42,11 @@ def load(files, overrides=()):
     return parse(merged, ", ".join(map(str, files)) or "configuration", overrides)
 
 
+def load_words(words):
+    """`load` of what a command line has: files, and overrides, which have a `=`."""
+    return load([w for w in words if "=" not in w], [w for w in words if "=" in w])
+
+
 def parse(values, where, overrides=()):
     """A plain dict, and overrides of it, to a Config; the errors as `load`."""
     values = copy.deepcopy(values)

@@ -2,8 +2,10 @@
 
 import difflib
 from pathlib import Path
+from typing import Literal
 
 import pydantic
+import yaml
 
 from boreal_megatron.config.load import merge, read, validate
 from boreal_megatron.config.schema import Frozen
@@ -12,10 +14,43 @@ from boreal_megatron.errors import BorealError
 Rate = pydantic.PositiveFloat
 
 
-class GPU(Frozen):
-    """One kind of GPU with its links. `hardware.yaml` gives the units; `names` are what CUDA calls it."""
-
+class Table(Frozen):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Achieved(Table):
+    """A rate that is reached in practice, where it comes from, and from whom."""
+
+    value: Rate
+    unit: str = ""
+    source: Literal["measured", "published", "derived", "assumed"]
+    by: str
+
+
+class Rates(Table):
+    """What `plan.work` divides work by."""
+
+    multiprocessors: Achieved
+    gemm: Achieved
+    gemm_fp8: Achieved
+    gemm_start: Achieved
+    grouped: Achieved
+    attention_forward: Achieved
+    attention_backward: Achieved
+    flash_qla_forward: Achieved
+    flash_qla_backward: Achieved
+    fla_forward: Achieved
+    fla_backward: Achieved
+    hbm: Achieved
+    nvlink: Achieved
+    dispatch: Achieved
+    nic: Achieved
+    collective: Achieved
+
+
+class GPU(Table):
+    """One kind of GPU with its links. `hardware.yaml` gives the units; `names` are what CUDA calls it; `factors` are
+    what `plan calibrate` multiplies the seconds of a kind of work by."""
 
     names: tuple[str, ...] = ()
     memory_gib: Rate
@@ -25,6 +60,8 @@ class GPU(Frozen):
     nvlink: Rate
     nic: Rate
     gpus_per_node: pydantic.PositiveInt
+    rates: Rates | None = None
+    factors: dict[str, Rate] = {}
 
 
 def load(path=None):
@@ -40,18 +77,31 @@ def load(path=None):
 
 
 def gpu(name, path=None):
-    """A GPU by its key or by the name that CUDA gives it.
+    """A GPU by its key or by the name that CUDA gives it; errors as `key`."""
+    return load(path)[key(name, path)]
+
+
+def key(name, path=None):
+    """The key of a GPU, from itself or from the name that CUDA gives it.
 
     Raises:
         BorealError: for one that the table does not have; it lists those that it has.
     """
     known = load(path)
-    by_name = {**known, **{n: found for found in known.values() for n in found.names}}
-    if name in by_name or name.lower() in by_name:
-        return by_name.get(name) or by_name[name.lower()]
+    for found in known:
+        if name.lower() == found or name in known[found].names:
+            return found
     near = difflib.get_close_matches(name.lower(), known, 1)
     meant = f"; did you mean {near[0]}?" if near else ""
     raise BorealError(f"unknown GPU {name!r}; known: {', '.join(known)}{meant} (--hardware FILE.yaml adds others)")
+
+
+def with_factors(name, factors, path=None):
+    """The text of a file for --hardware: the one at `path`, if any, with these factors for a GPU."""
+    own = read(Path(path)) if path else {}
+    found = key(name, path)
+    own[found] = own.get(found, {}) | {"factors": factors}
+    return yaml.safe_dump(own, sort_keys=False)
 
 
 def of_device(name):

@@ -8,6 +8,7 @@ collectives that only NCCL has.
 
 import contextlib
 import ctypes
+import importlib.util
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -30,6 +31,7 @@ def install():
     _rng()
     _dispatcher()
     _uneven_collectives()
+    _optimizer()
     # Mode objects are per thread: autograd's own threads run only backward formulas, which create no named devices.
     CudaNames(_CPU).__enter__()
 
@@ -197,3 +199,15 @@ def _uneven_collectives():
         return reduce_scatter(torch.cat(parts), group)[: sizes[group.rank()]]
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, reduce_scatter_any
+
+
+def _optimizer():
+    """torch's AdamW also where Transformer Engine is installed: its FusedAdam, which megatron-core would take, runs on
+    CUDA only."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = distrib_optimizer.Adam = torch.optim.AdamW
+    optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE = True, False

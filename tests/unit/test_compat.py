@@ -157,3 +157,29 @@ def test_torch_still_unpickles_whatever_a_checkpoint_names(mesh):
     # once these fail, look whether compat._no_code_from_checkpoints can go
     assert "metadata = pickle.load(metadata_file)" in Path(filesystem.__file__).read_text()
     assert "value, weights_only=False" in Path(default_planner.__file__).read_text()
+
+
+def test_an_output_layer_still_refuses_fused_weight_gradients_without_apex(mesh):
+    """Ours multiplies nothing. Once the first build works, compat._output_layer_without_apex can go."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, layers
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        gradient_accumulation_fusion=True,
+        use_cpu_initialization=True,
+    )
+
+    def output_layer():
+        return ColumnParallelLinear(8, 8, config=config, init_method=torch.nn.init.zeros_, bias=False)
+
+    assert layers._grad_accum_fusion_available  # as `apply` leaves it
+    layers._grad_accum_fusion_available = False
+    try:
+        with pytest.raises(RuntimeError, match="fused_weight_gradient_mlp_cuda"):
+            output_layer()
+    finally:
+        layers._grad_accum_fusion_available = True
+    output_layer()

@@ -4,6 +4,7 @@ A process that has imagined its ranks can do nothing else, so every dry run here
 """
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -11,8 +12,10 @@ import sys
 
 import pytest
 import yaml
+from boreal_megatron.config.load import load
 from boreal_megatron.config.schema import Model
 from boreal_megatron.convert.mapping import mapping
+from boreal_megatron.plan import shards
 from boreal_megatron.plan.params import count
 from boreal_megatron.plan.tiling import Piece, tiling
 from tests.support.launch import ROOT, boreal, environment
@@ -39,11 +42,12 @@ def write(path, parallel, **changes):
 
 
 def python(code, *words, **variables):
-    """Start `python -c CODE WORDS`."""
+    """Start `python -c CODE WORDS`, which finds this checkout before what is installed."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
         cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT), TORCH_CPP_LOG_LEVEL="ERROR", **variables),
+        env=environment(PYTHONPATH=path, TORCH_CPP_LOG_LEVEL="ERROR", **variables),
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -112,7 +116,10 @@ def test_every_axis_at_once(tmp_path):
     assert [stage["layers"] for stage in found["stages"]] == [["*-", "G-"], ["GE", "*E/*-"]]
     assert found["parameters"] == count(Model(**MODEL))["with_mtp"]
     assert found["tensors"] == len({name for rule in mapping(Model(**MODEL)) for name in rule.train})
-    for stage in found["stages"]:
+    for planned, stage in zip(shards.held(load([config]), 16), found["stages"], strict=True):  # `boreal plan memory`
+        assert [planned["weights"]] * 2 == stage["weight_bytes"]
+        assert [planned["gradients"]] * 2 == stage["gradient_bytes"]
+        assert list(planned["optimizer"]) == stage["state_bytes"]
         assert stage["parameters"][0] * 2 <= stage["weight_bytes"][0] <= stage["weight_bytes"][1]
         assert stage["parameters"][1] * 4 <= stage["gradient_bytes"][1]
         assert 0 < stage["state_bytes"][0] < stage["state_bytes"][1]
@@ -239,7 +246,7 @@ else:
 @pytest.mark.slow
 def test_real_ranks_hold_what_the_dry_run_imagines(tmp_path):
     """Eight gloo processes: the same shards, the same ranges of the optimizer's state, the same bytes."""
-    config = write(tmp_path / "config.yaml", EVERYTHING)
+    config = write(tmp_path / "config.yaml", EVERYTHING, kernels={"experts": "grouped_mm"})  # what a GPU would run
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "8"}
