@@ -19,13 +19,13 @@ def step_flops(config, phase):
 
 
 def peak(config, device_name):
-    """(FLOP/s, bytes/s) of the device in the run's precision, or None where the table of GPUs does not say.
+    """(FLOP/s in bf16, also for FP8 runs; bytes/s) of the device, or None: no bf16 run, or not in the table of GPUs.
 
     Args:
         device_name: what CUDA calls it, or None.
     """
     found = hardware.of_device(device_name)
-    if found is None or config.precision != "bf16":
+    if found is None or config.precision.compute != "bf16":
         return None
     return found.bf16 * TERA, found.hbm * GIGA
 

@@ -18,7 +18,7 @@ FP32 = 4
 
 def step_bytes(config, phase, world):
     """{kind: bytes of one training step, summed over all devices}: kinds of `plan.flops.KINDS`, and `optimizer`."""
-    cut, size = config.parallel, {"bf16": 2, "fp32": FP32}[config.precision]
+    cut, size = config.parallel, {"bf16": 2, "fp32": FP32}[config.precision.compute]
     replicas = world // (cut.tensor * cut.pipeline)  # of a weight; those of an expert:
     expert_replicas = world // (cut.pipeline * cut.expert * cut.expert_tensor)
     micro_batches = phase.windows_per_step() * cut.context // (replicas * config.micro_batch)
@@ -41,7 +41,7 @@ def step_bytes(config, phase, world):
         join = (t * 2 * h + h, 2 * h * h, 0)
         found["mtp"] = sum(map(moved, [join, *(half_block(config, letter, size) for letter in mtp)]))
     # Read: gradient, weight, two moments. Written: the last three, and the weight in the network's own precision.
-    element = 7 * FP32 + (size if config.precision == "bf16" else 0)
+    element = 7 * FP32 + (size if config.precision.compute == "bf16" else 0)
     copies = 1 if config.optimizer.distributed else replicas
     found["optimizer"] = params.count(config.model)["with_mtp"] * element * copies
     return found
