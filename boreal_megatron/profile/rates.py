@@ -19,8 +19,7 @@ def step_flops(config, phase):
 
 
 def peak(config, device_name):
-    """(FLOP/s, bytes/s) of the device in bf16, which FP8 runs are put beside too; None in fp32, and where the table of
-    GPUs does not have the device.
+    """(FLOP/s in bf16, also for FP8 runs; bytes/s) of the device, or None: no bf16 run, or not in the table of GPUs.
 
     Args:
         device_name: what CUDA calls it, or None.
