@@ -5,6 +5,7 @@ looked at at once, so that what is impossible is left with its reason before any
 ranked by `plan.time`, and `plan.memory` is asked in that order until enough layouts fit.
 """
 
+import contextlib
 import heapq
 from dataclasses import dataclass
 from math import gcd
@@ -18,6 +19,7 @@ from boreal_megatron.plan import memory, time
 
 RECOMPUTE = ("none", "selective", "full")  # each slower than the one before, and smaller
 SHORTEST, LONGEST = 2048, 32_768  # positions of a micro-batch on one rank; windows alone may be shorter or longer
+WEIGHT_AND_GRADIENT = 6  # bytes of a parameter on its rank, in bf16 and FP32; whatever else there is comes on top
 EQUAL = 0.01  # of the time: the model tells no closer ones apart, and the plainer layout comes first
 NOT_TRIED = {
     "precision fp32": "slower than bf16 in every layout: it has no tensor cores",
@@ -62,13 +64,14 @@ class Found(NamedTuple):
     slower: int
 
 
-def search(config, world, gpu, top=5, names=None):
+def search(config, world, gpu, top=5, names=None, doublings=4):
     """The layouts with which a run takes the least time, several phases in one layout.
 
     Args:
         config: `config.schema.Config`; its layout, micro_batch and recompute are replaced.
         gpu: `hardware.GPU`.
         top: how many.
+        doublings: of the GPUs, that are tried for an error's advice.
         names: phases whose time and memory count; None: all. The layout is possible for the others, too.
 
     Returns:
@@ -85,8 +88,11 @@ def search(config, world, gpu, top=5, names=None):
     best, smallest = [], None
     while queue and len(best) < top:
         _, number, candidate = heapq.heappop(queue)
-        counted = candidate.config.model_copy(update={"phases": named(candidate.config, names)})
-        needs = memory.needed(memory.per_rank(counted, world))
+        needs = WEIGHT_AND_GRADIENT * candidate.estimates[0].parameters
+        whole = needs <= gpu.memory_gib * memory.GIB
+        if whole:
+            counted = candidate.config.model_copy(update={"phases": named(candidate.config, names)})
+            needs = memory.needed(memory.per_rank(counted, world))
         if needs <= gpu.memory_gib * memory.GIB:
             best.append(candidate._replace(bytes=needs))
             continue
@@ -94,13 +100,13 @@ def search(config, world, gpu, top=5, names=None):
         text = f"needs {needs / memory.GIB:.1f} GiB on its fullest rank, a GPU has {gpu.memory_gib}"
         _note(rejected, "memory", lambda: (text, fields(candidate.config)))
         again = RECOMPUTE.index(candidate.config.recompute) + 1
-        if again < len(RECOMPUTE):
+        if whole and again < len(RECOMPUTE):
             smaller = candidate.config.model_copy(update={"recompute": RECOMPUTE[again]})
             _push(queue, number, smaller, world, gpu, known, names)
     if not best:
         raise BorealError(
             f"no layout for {world} GPUs fits into {gpu.memory_gib} GiB; the smallest needs "
-            f"{smallest / memory.GIB:.1f} GiB on its fullest rank: take more GPUs, or ones with more memory"
+            f"{smallest / memory.GIB:.1f} GiB on its fullest rank: {_enough(config, world, gpu, names, doublings)}"
         )
     close = [c for c in best if c.seconds <= (1 + EQUAL) * best[0].seconds]
     best = sorted(close, key=Candidate.plainness) + best[len(close) :]
@@ -147,6 +153,15 @@ def named(config, names):
 def _push(queue, number, config, world, gpu, known, names):
     candidate = estimate(config, world, gpu, known, names)
     heapq.heappush(queue, (candidate.seconds, (number, config.recompute), candidate))
+
+
+def _enough(config, world, gpu, names, doublings):
+    """What would do: the first doubling of the GPUs on which a layout fits."""
+    for count in (world << n for n in range(1, doublings + 1)):
+        with contextlib.suppress(BorealError):
+            search(config, count, gpu, 1, names, doublings=0)
+            return f"take {count} GPUs, or ones with more memory"
+    return "take GPUs with more memory"
 
 
 def _impossible(config, world, gpu, rejected):

@@ -61,6 +61,7 @@ class Estimate(NamedTuple):
     world: int
     flops: float  # of a position, forward + backward
     peak: float  # of the GPU, TFLOP/s
+    parameters: int  # of the fullest rank
 
     def rate(self):
         """Positions a second of one GPU."""
@@ -125,6 +126,7 @@ def step(config, phase, world, gpu, software=None, known=None):
         world=world,
         flops=_flops(config.model, phase.sequence),
         peak=gpu.bf16,
+        parameters=sum(max(held, key=sum)),
     )
 
 

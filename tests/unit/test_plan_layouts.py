@@ -116,9 +116,12 @@ def test_one_gpu_has_one_layout(capsys):
 def test_what_is_impossible_names_the_nearest(tmp_path):
     with pytest.raises(BorealError, match=r"no layout for 5 GPUs(.|\n)*nearest number of GPUs that has one: 4, 6$"):
         layouts.search(tiny(), 5, H100)
-    small = H100.model_copy(update={"memory_gib": 1.0})
-    with pytest.raises(BorealError, match=r"fits into 1.0 GiB; the smallest needs \d+\.\d GiB .* take more GPUs"):
-        layouts.search(tiny(), 1, small)
+    with pytest.raises(BorealError, match=r"fits into 0.5 GiB; the smallest needs \d+\.\d GiB .*: take GPUs with more"):
+        layouts.search(tiny(), 1, H100.model_copy(update={"memory_gib": 0.5}))
+    dense = config_of("boreal-250m", sequence=8192, step=2**17)
+    least = memory.needed(memory.per_rank(dense.model_copy(update={"recompute": "full"}), 1)) / memory.GIB
+    with pytest.raises(BorealError, match=": take 2 GPUs, or ones with more memory"):
+        layouts.search(dense, 1, H100.model_copy(update={"memory_gib": least - 0.1}))
     with pytest.raises(BorealError, match="no phase is called contxt; the run has: run"):
         layouts.search(tiny(), 1, H100, names=["contxt"])
     with pytest.raises(BorealError, match="neither a file nor a preset; presets: tiny"):
