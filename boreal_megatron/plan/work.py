@@ -13,7 +13,7 @@ from typing import NamedTuple
 from boreal_megatron.plan import params
 
 TILE = 128, 256
-DTYPE = {"bf16": 2, "fp32": 4}  # bytes of an activation; FP8 operands are cast for their product
+DTYPE = {"bf16": 2, "fp8": 2, "fp32": 4}  # bytes of an activation
 FP32_SLOWER = 16  # than bf16: no tensor cores, 67 of 989 TFLOP/s by the data sheets
 # Elements read and written, forward and backward, for each element of the width they go with.
 NORM_AND_RESIDUAL = 5, 7  # a half-block's norm and sum, of h
@@ -42,20 +42,9 @@ class Software(NamedTuple):
     gradient_bytes: int = 4
     accumulation_bytes: int = 12
     fused_head: bool = True
-    fp8_experts: bool = False  # with `precision.fp8`
 
 
-HIDDEN_DATA = 0.9  # of the gradients' and weights' exchange with `parallel.overlap`; assumed
-
-
-def ours(config):
-    """Software of this code on a GPU, with what `model/provider.py` chooses there by itself."""
-    return Software(
-        dispatcher="hybrid" if config.parallel.dispatcher in ("deepep", "hybridep") else "alltoall",
-        grouped=config.precision.compute == "bf16" and config.kernels.experts != "sequential",
-        hidden_data=HIDDEN_DATA if config.parallel.overlap else 0.0,
-        fp8_experts=config.kernels.experts == "te",
-    )
+BOREAL = Software()
 
 
 class Piece(NamedTuple):
@@ -73,17 +62,16 @@ class Rank:
     """What one rank of a layout does with one micro-batch.
 
     Args:
-        config: `config.schema.Config`, or one like it.
+        config: `config.schema.Config`, or one like it; `precision` may also be `fp8`.
         sequence: positions of a window.
         gpu: `hardware.GPU` with rates.
         software: Software.
     """
 
-    def __init__(self, config, sequence, gpu, software):
+    def __init__(self, config, sequence, gpu, software=BOREAL):
         self.model, self.cut, self.gpu, self.software = config.model, config.parallel, gpu, software
         self.sequence, self.precision = sequence, config.precision
-        self.dtype = DTYPE[config.precision.compute]
-        self.slower = FP32_SLOWER if config.precision.compute == "fp32" else 1
+        self.dtype = DTYPE[config.precision]
         self.t = config.micro_batch * sequence // self.cut.context
         self.local = self.t // self.cut.tensor if self.cut.sequence_parallel else self.t
         self.rate = {name: rate.value for name, rate in gpu.rates}
@@ -96,7 +84,8 @@ class Rank:
 
     def product(self, m, k, n, count=1, grouped=False, fp8=False):
         """Seconds of `count` equal products, one after the other, or as one if `grouped`."""
-        rate = self.rate["gemm_fp8" if fp8 and self.precision.fp8 else "gemm"] * 1e12 / self.slower
+        rate = self.rate["gemm_fp8" if fp8 and self.precision == "fp8" else "gemm"] * 1e12
+        rate /= FP32_SLOWER if self.precision == "fp32" else 1
         tiles = ceil(m / TILE[0]) * ceil(n / TILE[1])
         if grouped:
             rate, tiles, launches = rate * self.rate["grouped"], tiles * count, 1
@@ -171,7 +160,7 @@ class Rank:
         yield add(
             "gemm", "attention", self.linear(self.t, h, width, fp8=True), self.linear(self.t, queries, h, fp8=True)
         )
-        work = 2 * self.sequence * queries * self.t / 1e12 * self.slower
+        work = 2 * self.sequence * queries * self.t / 1e12 * (FP32_SLOWER if self.precision == "fp32" else 1)
         forward, backward = work / self.rate["attention_forward"], 2 * work / self.rate["attention_backward"]
         yield Piece("attention_core", "attention", forward, backward, selective=True)
         yield Piece("elementwise", "attention", *self.touch(ATTENTION_SIDE, self.t * queries))
@@ -205,11 +194,11 @@ class Rank:
         return Piece("context_communication", kind, *seconds, selective=True)
 
     def dense(self):
-        yield self.swiglu("gemm", "dense", self.t, self.model.ffn_hidden_size // self.cut.tensor, fp8=True)
+        yield self.swiglu("gemm", "dense", self.t, self.model.ffn_hidden_size // self.cut.tensor)
 
     def swiglu(self, name, kind, m, width, **how):
         h = self.model.hidden_size
-        products = self.linear(m, h, 2 * width, **how), self.linear(m, width, h, **how)
+        products = self.linear(m, h, 2 * width, fp8=True, **how), self.linear(m, width, h, fp8=True, **how)
         rows = m * how.get("count", 1)
         return add(name, kind, *products, self.touch(SWIGLU, rows * width), selective=kind == "moe")
 
@@ -219,10 +208,10 @@ class Rank:
         copies = self.local * m.top_k * cut.expert_tensor  # rows of this rank's experts
         local = m.experts // cut.expert
         rows = ceil(copies / local)
-        many = {"count": local, "grouped": self.software.grouped, "fp8": self.software.fp8_experts}
+        many = {"count": local, "grouped": self.software.grouped}
         yield self.swiglu("expert_gemm", "moe", rows, m.expert_hidden_size // cut.expert_tensor, **many)
         if m.shared_hidden_size:
-            yield self.swiglu("gemm", "moe", self.t, m.shared_hidden_size // cut.tensor, fp8=True)
+            yield self.swiglu("gemm", "moe", self.t, m.shared_hidden_size // cut.tensor)
         yield add("elementwise", "moe", self.touch(PERMUTE, copies * h), selective=True)
         yield add("gemm", "moe", self.linear(self.local, h, m.experts), selective=True)
         if cut.expert * cut.expert_tensor > 1:

@@ -6,7 +6,7 @@ performance summaries and verification cards, its pull requests 5098 and 5123, M
 
 from typing import NamedTuple
 
-from boreal_megatron.config.schema import GDN, Attention, Config, Model, MoE, Optimizer, Parallel, Phase, Precision
+from boreal_megatron.config.schema import GDN, Attention, Config, Model, MoE, Optimizer, Parallel, Phase
 from boreal_megatron.plan import time
 from boreal_megatron.plan.work import Software
 
@@ -93,7 +93,6 @@ BRIDGE = Software(
 USER_BUFFERS = BRIDGE._replace(hidden_tensor=0.7)  # exchanges in slices under products (share assumed)
 OVERLAPPED_EXPERTS = BRIDGE._replace(hidden_expert=0.366)  # 36.6 % published for Qwen3-30B-A3B
 TP = {"sequence_parallel": True}
-PRECISIONS = {"bf16": Precision(), "fp8": Precision(fp8="tensorwise")}
 SYSTEMS = [
     System("Qwen3-8B", QWEN3_8B, {}, "bf16", 16, 1024, 4096, 10_456, BRIDGE, derived="gemm"),
     System("Llama-3 8B, FP8", dense(32, 4096, 14_336, 32, 8), {}, "fp8", 8, 128, 8192, 14_451, BRIDGE, derived="gemm_fp8"),
@@ -111,7 +110,7 @@ SYSTEMS = [
 def estimate(system, gpu):
     """`plan.time.step` of a published run."""
     config = Config.model_construct(
-        model=system.model, parallel=Parallel(**system.parallel), micro_batch=1, precision=PRECISIONS[system.precision],
+        model=system.model, parallel=Parallel(**system.parallel), micro_batch=1, precision=system.precision,
         recompute="none", optimizer=Optimizer(),
     )  # fmt: skip
     phase = Phase(

@@ -8,7 +8,7 @@ from boreal_megatron.config.load import parse
 from boreal_megatron.config.schema import Parallel
 from boreal_megatron.errors import BorealError
 from boreal_megatron.plan import hardware, time
-from boreal_megatron.plan.work import Rank, Software
+from boreal_megatron.plan.work import BOREAL, Rank, Software
 from tests.support.launch import ROOT
 from tests.support.published import SYSTEMS, estimate
 
@@ -27,7 +27,7 @@ def config_of(preset, *, sequence=8192, step=4_194_304, **changes):
     return parse(values | changes, "test")
 
 
-def step(preset, world, gpu=H100, software=None, **changes):
+def step(preset, world, gpu=H100, software=BOREAL, **changes):
     config = config_of(preset, **changes)
     return time.step(config, config.phases[0], world, gpu, software)
 
@@ -102,7 +102,7 @@ def test_bubble_of_a_step():
 
 def test_products_by_hand():
     """8,192 x 2,560 x 7,680: 64 x 30 tiles in 15 rounds of 132; the same with 128 columns fewer needs as many."""
-    rank = Rank(config_of("boreal-10b-moe"), 8192, H100, Software())
+    rank = Rank(config_of("boreal-10b-moe"), 8192, H100)
     rate = H100.rates.gemm.value * 1e12 / 132
     by_hand = 15 * 2 * 128 * 256 * (2560 + H100.rates.gemm_start.value) / rate
     assert rank.product(8192, 2560, 7680) == pytest.approx(by_hand)
@@ -135,7 +135,7 @@ def test_exchanges_by_hand():
         )
         by_hand = local * token * (inside / 300e9 + across / 45e9) + start
         assert rank.dispatch() == pytest.approx(by_hand), (expert, dispatcher)
-    rank = Rank(config_of("boreal-10b-moe"), 8192, H100, Software())
+    rank = Rank(config_of("boreal-10b-moe"), 8192, H100)
     assert rank.exchange(1e9, 8, 1) == pytest.approx(1 / 330 + start)  # inside a node
     assert rank.exchange(1e9, 64, 1) == pytest.approx(1 / 330 + start)  # eight rails of 45
     assert rank.exchange(1e9, 64, 8) == pytest.approx(1 / 45 + start)  # one rank of each node
