@@ -235,7 +235,8 @@ def _diff(args):
 
 def reshard(path, out, overrides, world):
     """Load a checkpoint under another layout and save it there: fewer or more files, with or without the distributed
-    optimizer. Training does the same by itself when it resumes; this proves that it will, and where.
+    optimizer. Training does the same by itself when it resumes; this proves that it will, and where. It needs no GPU;
+    the amax histories of delayed FP8 scaling stay behind, and begin anew.
 
     Args:
         path: the iter_* folder.
@@ -261,9 +262,10 @@ def reshard(path, out, overrides, world):
     mesh = parallel.start(config.parallel, config.seed)
     if problems := checkpoint.damage(path, mesh):
         raise ProblemsError(f"{path} is damaged", problems)
-    wrapped = optim.wrap(config, boreal.build(config, mesh))
-    optimizer = optim.build(config, wrapped)
-    state = checkpoint.load(path, config, wrapped, optimizer, mesh)
+    plain = config.plain()
+    wrapped = optim.wrap(plain, boreal.build(plain, mesh))
+    optimizer = optim.build(plain, wrapped)
+    state = checkpoint.load(path, plain, wrapped, optimizer, mesh)
     saver = checkpoint.Saver(config, mesh, Reporter(None, False, 0, 0))
     saver.save(wrapped, optimizer, state)
     saver.close()

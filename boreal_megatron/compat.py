@@ -1,9 +1,11 @@
-"""Every change to a function of megatron-core or of torch's checkpoints, in one place.
+"""Every change to a function of megatron-core, or of how torch and Transformer Engine keep checkpoints, in one place.
 
 Each entry says why, for which versions and where upstream; `tests/unit/test_compat.py` fails once an entry is no
 longer needed. Order of preference before an entry is added here: a config field, a slot, a subclass.
 """
 
+import importlib.util
+import io
 import pickle
 import queue
 import tempfile
@@ -34,6 +36,8 @@ def apply():
     _distributed_optimizer_buckets()
     _results_of_a_save()
     _no_code_from_checkpoints()
+    _output_layer_without_apex()
+    _fp8_state_without_pickle()
 
 
 def _distributed_optimizer_step():
@@ -182,3 +186,54 @@ def _no_code_from_checkpoints():
 
     filesystem.FileSystemReader.read_metadata = read_metadata
     DefaultLoadPlanner.load_bytes = load_bytes
+
+
+def _output_layer_without_apex():
+    """`gradient_accumulation_fusion` for Transformer Engine's linears where NVIDIA's apex is missing.
+
+    Why: upstream's output layer refuses the flag without apex's extension. Ours multiplies nothing (`model/head.py` has
+    loss and gradients of its own), and `model/provider.py` sets the flag for linears that accumulate by themselves.
+    Versions: 0.19.2. Upstream: tensor_parallel/layers.py, `ColumnParallelLinear.__init__`.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    layers._grad_accum_fusion_available = True
+
+
+def _fp8_state_without_pickle():
+    """What delayed FP8 scaling remembers, in a checkpoint: scales and amax histories as plain tensors.
+
+    Why: Transformer Engine pickles them with the recipe, and since 2.19 refuses to read that back unless an environment
+    variable allows any pickle to run. The recipe is the configuration's; other recipes remember nothing.
+    Versions: Transformer Engine 2.19. Upstream: pytorch/module/base.py, `get_extra_state`, `set_extra_state`.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    import torch
+    from transformer_engine.common.recipe import DelayedScaling
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    sides, tensors = ("scaling_fwd", "scaling_bwd"), ("scale", "amax_history")
+
+    def get_extra_state(self):
+        if not (self.fp8 and self.fp8_meta["recipe"].delayed()):
+            return torch.empty(0, dtype=torch.uint8)
+        state = {f"{side}.{name}": getattr(self.fp8_meta[side], name).cpu() for side in sides for name in tensors}
+        file = io.BytesIO()
+        torch.save(state, file)
+        return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        if state is None or not state.numel():
+            return
+        saved = torch.load(io.BytesIO(state.cpu().numpy().tobytes()), weights_only=True)
+        history = saved["scaling_fwd.amax_history"]  # [steps, 3 tensors of each product]
+        self.fp8_meta["recipe"] = DelayedScaling(amax_history_len=history.shape[0])
+        self.fp8_meta["num_gemms"] = history.shape[1] // 3
+        self.init_fp8_meta_tensors(self.fp8_meta["recipe"])
+        for key, value in saved.items():
+            side, name = key.split(".")
+            getattr(self.fp8_meta[side], name).copy_(value)
+
+    TransformerEngineBaseModule.get_extra_state = get_extra_state
+    TransformerEngineBaseModule.set_extra_state = set_extra_state

@@ -21,6 +21,7 @@ from boreal_megatron import parallel
 from boreal_megatron.config.presets import PRESETS
 from boreal_megatron.config.schema import Config, Kernels, Model, Parallel
 from boreal_megatron.log import quiet
+from boreal_megatron.model import provider
 from boreal_megatron.model.config import transformer_config
 from boreal_megatron.model.gated_deltanet import GatedDeltaNet
 from boreal_megatron.model.kernels import chosen
@@ -66,7 +67,7 @@ def bench(args):
         )
     )
     mesh = parallel.start(Parallel(), seed=1)
-    settings, length = transformer_config(config), args.positions // args.documents
+    settings, length = transformer_config(config, provider.chosen(config, mesh.device)), args.positions // args.documents
     edges = tuple(range(0, args.positions + 1, length))
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=mesh.device)
     packing = Packing(

@@ -193,6 +193,8 @@ def _flat(at, value):
 def _plain(config, letters):
     """Problems that no number mends."""
     model = config.model
+    yield from _fp8(config)
+    yield from _dispatcher(config)
     if "E" in letters and model.moe is None:
         yield "model.moe: missing, but model.pattern has E (MoE) blocks; describe the experts or use - (dense)"
     rope = model.attention.rope_dim()
@@ -218,3 +220,29 @@ def _plain(config, letters):
     names = [phase.name for phase in config.phases]
     if len(set(names)) < len(names):
         yield f"phases: names must differ; found {names}"
+
+
+def _fp8(config):
+    fp8, kernels = config.precision.fp8, config.kernels
+    if fp8 is None:
+        return
+    at = f"precision.fp8={fp8}"
+    if config.precision.compute != "bf16":
+        yield f"{at} with precision.compute={config.precision.compute}; expected bf16 around FP8, or no precision.fp8"
+    if kernels.linears == "local":
+        yield f"{at} with kernels.linears=local; FP8 needs Transformer Engine's: say te or auto, or leave precision.fp8 out"
+    if fp8 == "delayed" and kernels.experts == "te":
+        yield (
+            f"{at} with kernels.experts=te: a checkpoint cannot keep the amax history of single experts; "
+            "use kernels.experts=grouped_mm, or precision.fp8=tensorwise"
+        )
+
+
+def _dispatcher(config):
+    """DeepEP exchanges between ranks; where every rank has all of every expert there is nothing to exchange."""
+    cut = config.parallel
+    if cut.dispatcher in ("deepep", "hybridep") and cut.expert * cut.expert_tensor == 1:
+        yield (
+            f"parallel.dispatcher={cut.dispatcher} with parallel.expert*parallel.expert_tensor=1; "
+            "expected more than 1, or parallel.dispatcher=alltoall"
+        )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from math import gcd, isqrt, lcm, prod
 from typing import NamedTuple
 
+from boreal_megatron.config.fp8 import ALIGNMENT
 from boreal_megatron.config.layout import nearest_split, padded
 
 TENSOR, SEQUENCE_PARALLEL = "parallel.tensor", "parallel.sequence_parallel"
@@ -17,15 +18,21 @@ PIPELINE, VIRTUAL, SPLIT = "parallel.pipeline", "parallel.virtual_pipeline", "pa
 CONTEXT, DELTANET = "parallel.context", "parallel.context_deltanet"
 EXPERT, EXPERT_TENSOR = "parallel.expert", "parallel.expert_tensor"
 KV_HEADS, KEY_HEADS, EXPERTS = "model.attention.kv_heads", "model.gdn.key_heads", "model.moe.experts"
+HIDDEN, FFN, SHARED = "model.hidden_size", "model.ffn_hidden_size", "model.moe.shared_hidden_size"
+VALUE_HEADS, GDN_DIM = "model.gdn.value_heads", "model.gdn.head_dim"
+EXPERT_FFN, FP8 = "model.moe.expert_hidden_size", "precision.fp8"
 CUT_BY_MODEL = (TENSOR, PIPELINE, CONTEXT)
 # What is looked up like a field without being one, under the name that messages use.
 LETTERS, LAYERS, PHASES = "letters of model.pattern", "layers of model.pattern", "number of phases"
 DATA, TAPS, ROWS = "data parallel size", "(model.gdn.conv_width - 1)", "padded model.vocab_size"
+QKV, GDN_IN = "rows of linear_qkv", "rows of Gated DeltaNet's in_proj"
 ENTRIES, SUM, EMPTY = (f"{what} of {SPLIT}" for what in ("entries", "sum", "empty stages between the first and last"))
 DERIVED = {
     DATA: lambda v: _data(v["world"] if "world" in v else 0, v.product(CUT_BY_MODEL)),
     TAPS: lambda v: v["model.gdn.conv_width"] - 1,
     ROWS: lambda v: padded(v["model.vocab_size"]),
+    QKV: lambda v: 2 * (v["model.attention.heads"] + v[KV_HEADS]) * v["model.attention.head_dim"],
+    GDN_IN: lambda v: 2 * (v[KEY_HEADS] * v[GDN_DIM] + v[VALUE_HEADS] * (v[GDN_DIM] + 1)),
     ENTRIES: lambda v: len(v[SPLIT]),
     SUM: lambda v: sum(v[SPLIT]),
     EMPTY: lambda v: v[SPLIT][1:-1].count(0),
@@ -33,10 +40,10 @@ DERIVED = {
 CUT_BY_TENSOR = (
     KV_HEADS,
     KEY_HEADS,
-    "model.ffn_hidden_size",
-    "model.hidden_size",
+    FFN,
+    HIDDEN,
     ROWS,
-    "model.moe.shared_hidden_size",
+    SHARED,
 )
 
 # What is said where the relation does not hold.
@@ -62,6 +69,7 @@ def table(phases):
     return [
         *_model(),
         *_layout(),
+        *_fp8(),
         *(rule for row in rows for rule in _rows(*row)),
         Rule("world", ("world",), MULTIPLE, CUT_BY_MODEL),
         Rule(EXPERT, ("world",), MULTIPLE, experts, lambda v: v[EXPERT] * v[EXPERT_TENSOR] > 1),
@@ -71,7 +79,7 @@ def table(phases):
 
 def _model():
     yield _divides(KV_HEADS, "model.attention.heads")
-    yield _divides(KEY_HEADS, "model.gdn.value_heads")
+    yield _divides(KEY_HEADS, VALUE_HEADS)
     yield Rule("model.moe.top_k", ("model.moe.top_k",), AT_MOST, (EXPERTS,))
 
 
@@ -102,6 +110,28 @@ def _layout():
     yield Rule(CONTEXT, (KEY_HEADS,), MULTIPLE, (TENSOR, CONTEXT), by_heads, f"with {DELTANET}=heads")
 
 
+def _fp8():
+    """Every dim of every product in FP8, on one rank; `config/fp8.py` lists the products."""
+
+    def with_blocks(letters):
+        return lambda v: v[FP8] is not None and any(letter in v[LETTERS] for letter in letters)
+
+    def experts(v):
+        return with_blocks("E")(v) and v["kernels.experts"] == "te"
+
+    why = "in FP8"
+    # The projection into the MTP block is the one linear that tensor parallelism cuts along the hidden size.
+    yield Rule(HIDDEN, (HIDDEN,), MULTIPLE, (ALIGNMENT,), lambda v: v[FP8] and "/" not in v["model.pattern"], why)
+    yield Rule(HIDDEN, (HIDDEN,), MULTIPLE, (ALIGNMENT, TENSOR), lambda v: v[FP8] and "/" in v["model.pattern"], why)
+    yield Rule(FFN, (FFN,), MULTIPLE, (ALIGNMENT, TENSOR), with_blocks("-"), why)
+    yield Rule(SHARED, (SHARED,), MULTIPLE, (ALIGNMENT, TENSOR), with_blocks("E"), why)
+    yield Rule(EXPERT_FFN, (EXPERT_FFN,), MULTIPLE, (ALIGNMENT, EXPERT_TENSOR), experts, why)
+    for product in ((QKV,), ("model.attention.heads", "model.attention.head_dim")):
+        yield Rule(TENSOR, product, MULTIPLE, (ALIGNMENT, TENSOR), with_blocks("*"), why)
+    for product in ((GDN_IN,), (VALUE_HEADS, GDN_DIM)):
+        yield Rule(TENSOR, product, MULTIPLE, (ALIGNMENT, TENSOR), with_blocks("G"), why)
+
+
 def _rows(sequence, step, row):
     """How long a packed row must be; `row` is the product that gives its positions."""
 
@@ -116,6 +146,9 @@ def _rows(sequence, step, row):
     # The convolution reads back into the chunk before, and no further.
     yield Rule(CONTEXT, (CONTEXT, TAPS), AT_MOST, row, by_state, bags)
     yield Rule(sequence, row, MULTIPLE, (CONTEXT, TENSOR), lambda v: v[SEQUENCE_PARALLEL])
+    cut, uncut = (ALIGNMENT, CONTEXT, TENSOR), (ALIGNMENT, CONTEXT)
+    yield Rule(sequence, row, MULTIPLE, cut, lambda v: v[FP8] and v[SEQUENCE_PARALLEL], "in FP8")
+    yield Rule(sequence, row, MULTIPLE, uncut, lambda v: v[FP8] and not v[SEQUENCE_PARALLEL], "in FP8")
 
 
 def _steps(sequence, step, row):
@@ -154,8 +187,13 @@ CANDIDATES = {
     EXPERT: lambda v, at: divisors(v.get(EXPERTS, 1)),
     EXPERT_TENSOR: lambda v, at: divisors(v.get("model.moe.expert_hidden_size", 1)),
     KV_HEADS: lambda v, at: divisors(v["model.attention.heads"]),
-    KEY_HEADS: lambda v, at: divisors(v["model.gdn.value_heads"]),
+    KEY_HEADS: lambda v, at: divisors(v[VALUE_HEADS]),
     "model.moe.top_k": lambda v, at: range(1, v[EXPERTS] + 1),
+    HIDDEN: lambda v, at: _widths(v, HIDDEN, TENSOR),
+    FFN: lambda v, at: _widths(v, FFN, TENSOR),
+    SHARED: lambda v, at: _widths(v, SHARED, TENSOR),
+    EXPERT_FFN: lambda v, at: _widths(v, EXPERT_FFN, EXPERT_TENSOR),
+    VALUE_HEADS: lambda v, at: around(v[VALUE_HEADS], lcm(v[KEY_HEADS], ALIGNMENT // 2 * v[TENSOR])) if v[FP8] else [],
     "phases.*.sequence": lambda v, at: divisors(v[f"{at}.positions_per_step"]),
     "phases.*.positions_per_step": lambda v, at: around(v[f"{at}.positions_per_step"], _group(v, at)),
 }
@@ -180,6 +218,11 @@ def around(value, unit):
     """The multiples of a unit next to a value, not 0."""
     below = value // unit * unit
     return [n for n in (below, below + unit) if n]
+
+
+def _widths(v, field, cut):
+    """Widths whose shards FP8 takes."""
+    return around(v[field], ALIGNMENT * v[cut]) if v[FP8] else []
 
 
 def _data(world, cut):

@@ -82,7 +82,10 @@ class Parallel(Frozen):
     `virtual_pipeline` chunks of the network on each pipeline rank make the interleaved schedule. `pipeline_layers`
     gives the card layers of every stage, pipeline * virtual_pipeline of them in the network's order; without it they
     are as even as can be. `context_deltanet` is how Gated DeltaNet crosses context-parallel ranks: `state` hands one
-    (state, transition) pair from chunk to chunk, `heads` exchanges positions for heads by all-to-all.
+    (state, transition) pair from chunk to chunk, `heads` exchanges positions for heads by all-to-all. `dispatcher` is
+    how positions reach their experts: `alltoall` and `allgather` by collectives, `deepep` and `hybridep` by the kernels
+    of DeepEP. `overlap` reduces gradients under the backward pass and, with the distributed optimizer, gathers weights
+    under the next forward pass.
     """
 
     tensor: Positive = 1
@@ -94,6 +97,23 @@ class Parallel(Frozen):
     context_deltanet: Literal["state", "heads"] = "state"
     expert: Positive = 1
     expert_tensor: Positive = 1
+    dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
+    overlap: bool = False
+
+
+class Precision(Frozen):
+    """What activations and weights are computed in; master weights, moments and sums of gradients are FP32.
+
+    `fp8` is how Transformer Engine scales the operands of the linear layers that `config/fp8.py` lists. `tensorwise`:
+    one scale a tensor, of its present values; `delayed`: of its last 1,024 steps; `blockwise`: 1 x 128 values of an
+    activation, 128 x 128 of a weight. A name alone is `compute`.
+    """
+
+    compute: Literal["bf16", "fp32"] = "bf16"
+    fp8: Literal["tensorwise", "delayed", "blockwise"] | None = None
+
+    def __str__(self):
+        return f"{self.compute} with FP8 ({self.fp8})" if self.fp8 else self.compute
 
 
 class Piece(Frozen):
@@ -244,11 +264,19 @@ class Log(Frozen):
 
 
 class Kernels(Frozen):
-    """Implementations of `boreal_kernels`' operations. `auto` takes the best one that the device and the installed
-    versions allow, and the run says which and why; a name runs as named or stops the run."""
+    """Implementations: of `boreal_kernels`' operations (`delta_rule`, `others`), and of the modules in megatron-core's
+    slots (`model/provider.py`). `auto` takes the best one that the device and the installed versions allow, and the run
+    says which and why; a name runs as named or stops the run.
+
+    `linears`: Transformer Engine's, with norms inside, or megatron-core's. `attention`: Transformer Engine's,
+    flash-attn's, or torch's. `experts`: torch's grouped product, Transformer Engine's, or one expert after another.
+    """
 
     delta_rule: Literal["auto", "triton", "fla", "flash_qla", "torch"] = "auto"
     others: Literal["auto", "triton", "torch"] = "auto"
+    linears: Literal["auto", "te", "local"] = "auto"
+    attention: Literal["auto", "te", "flash", "sdpa"] = "auto"
+    experts: Literal["auto", "grouped_mm", "te", "sequential"] = "auto"
 
 
 class Config(Frozen):
@@ -261,7 +289,7 @@ class Config(Frozen):
     model: Model
     parallel: Parallel = Parallel()
     micro_batch: Positive = 1
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = Precision()
     recompute: Literal["none", "selective", "full"] = "none"
     phases: tuple[Phase, ...] = Field(strict=False, min_length=1)
     schedule: Schedule
@@ -272,3 +300,19 @@ class Config(Frozen):
     log: Log = Log()
     kernels: Kernels = Kernels()
     seed: int = 1234
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _a_name_alone(cls, precision):
+        return {"compute": precision} if isinstance(precision, str) else precision
+
+    def plain(self, **changes):
+        """The same network of modules that run anywhere, without FP8; checkpoints have the same tensors."""
+        return self.model_copy(
+            update={
+                "kernels": Kernels(linears="local", attention="sdpa", experts="sequential"),
+                "precision": Precision(compute=self.precision.compute),
+                "parallel": self.parallel.model_copy(update={"dispatcher": "alltoall"}),
+                **changes,
+            }
+        )

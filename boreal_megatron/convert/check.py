@@ -107,12 +107,12 @@ def _of_training(path, config, ids, end, rounded_by):
     "choices": [v] of every generated id}, all FP32.
     With rules, weights are rounded as an export by them rounds."""
     from boreal_megatron import parallel
-    from boreal_megatron.config.schema import Parallel
+    from boreal_megatron.config.schema import Parallel, Precision
     from boreal_megatron.data import batch
     from boreal_megatron.model import boreal
     from boreal_megatron.train import checkpoint
 
-    alone = config.model_copy(update={"parallel": Parallel(), "precision": "fp32"})
+    alone = config.plain(parallel=Parallel(), precision=Precision(compute="fp32"))
     mesh = parallel.start(alone.parallel, alone.seed)
     model = boreal.build(alone, mesh)[0].eval()
     checkpoint.load_weights(path, alone, model, mesh)

@@ -6,7 +6,7 @@ k bag, b = 1 packed row, s positions of this context-parallel rank, h hidden; s/
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 from boreal_megatron.config.layout import padded_vocab, stage_pattern
-from boreal_megatron.model import head, rope
+from boreal_megatron.model import head, provider, rope
 from boreal_megatron.model.config import transformer_config
 from boreal_megatron.model.embedding import BagEmbedding
 from boreal_megatron.model.init import initialise
@@ -20,16 +20,18 @@ class BorealModel(HybridModel):
 
     Args:
         config: `config.schema.Config`. settings: megatron-core's TransformerConfig, one for all chunks of a rank.
+        choices: `model.provider.chosen`.
         mesh: `parallel.Mesh`.
         number: which virtual stage of this pipeline rank.
     """
 
-    def __init__(self, config, settings, mesh, number):
+    def __init__(self, config, settings, choices, mesh, number):
         pipeline = mesh.groups.pp
         kernels = chosen(config.kernels, config.model.gdn.head_dim, mesh.device)
+        modules = provider.modules(choices)
         super().__init__(
             config=settings,
-            hybrid_stack_spec=stack_spec(config.model, kernels, config.parallel.context_deltanet),
+            hybrid_stack_spec=stack_spec(config.model, kernels, modules, config.parallel.context_deltanet),
             vocab_size=padded_vocab(config.model),
             max_sequence_length=config.model.max_positions,
             hybrid_layer_pattern=stage_pattern(config.model.pattern, config.parallel),
@@ -41,8 +43,10 @@ class BorealModel(HybridModel):
             vp_stage=number if config.parallel.virtual_pipeline > 1 else None,
         )
         self.description = config.model
-        self.kernels = kernels
+        self.kernels, self.choices = kernels, choices
         self.expert_loads = None  # [MoE layers, experts] of the last global batch, see train/optim.py
+        if self.post_process:
+            self.output_layer.gradient_accumulation_fusion = False  # `logits` leaves gradients to autograd
         if hasattr(self, "embedding"):
             BagEmbedding.adopt(self.embedding.word_embeddings, kernels["bag_embedding"].backend)
             if self.share_embeddings_and_output_weights and self.post_process:
@@ -78,6 +82,15 @@ class BorealModel(HybridModel):
         main = self._loss(hidden, batch.labels, batch.label_weight, None if mtp_weight is None else 1.0)
         return head.Losses.pack(main, mtp)
 
+    def own_gradients(self):
+        """Weights whose gradients the embedding and the loss add to their buffers, unseen by autograd."""
+        weights = []
+        if hasattr(self, "embedding"):
+            weights.append(self.embedding.word_embeddings.weight)
+        if self.post_process and self.output_layer.weight is not None:
+            weights.append(self.output_layer.weight)
+        return weights
+
     def logits(self, batch):
         """Logits of a single-process model, [s, vocab_size]."""
         hidden, _ = self._decode(batch)
@@ -112,8 +125,9 @@ class BorealModel(HybridModel):
 def build(config, mesh):
     """This rank's chunks of the network with their initial weights, on the mesh's device: a list of BorealModel, one
     per virtual pipeline stage."""
-    settings = transformer_config(config)
-    chunks = [BorealModel(config, settings, mesh, number) for number in range(config.parallel.virtual_pipeline)]
+    choices = provider.chosen(config, mesh.device)
+    settings, count = transformer_config(config, choices), config.parallel.virtual_pipeline
+    chunks = [BorealModel(config, settings, choices, mesh, number) for number in range(count)]
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if ".experts." in name:

@@ -5,20 +5,32 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from boreal_megatron import platform
+from boreal_megatron.config import fp8
 from boreal_megatron.config.pattern import expand
+from boreal_megatron.model import provider
 
 RECOMPUTE = {
     "none": {},
     "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn", "moe"]),
     "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
 }
+FP8 = {
+    None: {},
+    "tensorwise": dict(fp8="hybrid", fp8_recipe="tensorwise"),
+    "delayed": dict(fp8="hybrid", fp8_recipe="delayed", fp8_amax_history_len=1024, fp8_amax_compute_algo="max"),
+    "blockwise": dict(fp8="e4m3", fp8_recipe="blockwise"),
+}
 
 
-def transformer_config(config):
-    """`config.schema.Config` -> TransformerConfig. One half-block of the pattern is one layer of megatron-core's."""
+def transformer_config(config, choices):
+    """`config.schema.Config` -> TransformerConfig. One half-block of the pattern is one layer of megatron-core's.
+
+    Args:
+        choices: `model.provider.chosen`.
+    """
     model, layout = config.model, config.parallel
     main, mtp = expand(model.pattern)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.compute]
     moe = {}
     if model.moe:
         moe = dict(
@@ -32,8 +44,6 @@ def transformer_config(config):
             moe_router_bias_update_rate=config.phases[0].router_bias_rate,
             moe_router_load_balancing_type="none",
             moe_router_dtype="fp32",
-            moe_token_dispatcher_type="alltoall",
-            moe_grouped_gemm=False,
         )
     return TransformerConfig(
         num_layers=len(main),
@@ -69,13 +79,26 @@ def transformer_config(config):
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=config.precision == "bf16",
+        bf16=config.precision.compute == "bf16",
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        transformer_impl="local",
+        **provider.fields(choices),
+        **FP8[config.precision.fp8],
+        **_bf16_ends(config, len(main)),
         **moe,
         **RECOMPUTE[config.recompute],
+    )
+
+
+def _bf16_ends(config, half_blocks):
+    """The first and last half-blocks under FP8, where they stay in bf16."""
+    inside = fp8.half_blocks(config)
+    if len(inside) in (0, half_blocks):
+        return {}
+    return dict(
+        first_last_layers_bf16=True,
+        num_layers_at_start_in_bf16=inside.start,
+        num_layers_at_end_in_bf16=half_blocks - inside.stop,
     )

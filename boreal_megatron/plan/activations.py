@@ -53,7 +53,7 @@ class Row:
             T=phase.sequence * config.micro_batch // config.parallel.context,
             bag=phase.bag_size,
             documents=config.micro_batch,
-            e={"fp32": 4, "bf16": 2}[config.precision],
+            e={"fp32": 4, "bf16": 2}[config.precision.compute],
             recompute=config.recompute,
             triton=kernels[0] and "torch" not in (rule, others),
             cuda=kernels[1],
@@ -186,7 +186,9 @@ def deltanet_triton(row):
     H, HV, K = row.gdn()
     T, e, n = row.T, row.e, chunks(row)
     cp, mode = row.cut.context, row.cut.context_deltanet
-    passes = 2 if cp > 1 and mode == "state" else 1  # from zero, for what the chunk does to a state; then from that state
+    passes = (
+        2 if cp > 1 and mode == "state" else 1
+    )  # from zero, for what the chunk does to a state; then from that state
     return {
         "q, k, v, z, b, a": projected(row),
         "v": e * T * HV * K,

@@ -29,7 +29,9 @@ class Platform:
 
             meta.install()
         else:
-            torch.cuda.set_device(self.device())
+            from boreal_megatron.platform import cuda
+
+            cuda.install(self.device())
 
     def device(self):
         if self.name == "cuda":

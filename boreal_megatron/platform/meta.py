@@ -7,6 +7,7 @@ machine with or without CUDA, and no real work can be done in the process any mo
 
 import sys
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,23 @@ def install():
     device = torch.device("meta")
     functions(device)
     CudaNames(device).__enter__()
+    _gpu()
     # torch's own registration of this backend leaves out tensors on the meta device.
     dist.Backend.register_backend(BACKEND, _create_fake_pg, extended_api=True, devices=["cpu", "meta"])
     _remember_ranks()
+
+
+def _gpu():
+    """The GPU that a rank imagines where there is none, a Hopper: Transformer Engine makes no module without one."""
+    if torch.cuda.is_available():
+        return
+    capability = (9, 0)
+    properties = SimpleNamespace(
+        name="imagined", major=capability[0], minor=capability[1], multi_processor_count=132, total_memory=141 << 30
+    )
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda device=None: capability
+    torch.cuda.get_device_properties = lambda device=None: properties
 
 
 def _remember_ranks():

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
@@ -63,6 +64,7 @@ class Saver:
     def save(self, wrapped, optimizer, state):
         """Request a checkpoint of this very moment. Returns after the copy, or after it was verified."""
         self.wait()
+        optim.gather(wrapped)
         began, folder, step = time.perf_counter(), Path(self.config.checkpoint.folder), state.step
         self.failure = None
         self.report.say(f" checkpoint {store.name(step)}: requested")
@@ -399,8 +401,11 @@ def _sharded(config, wrapped, optimizer, mesh, is_loading=False):
 
 
 def _something(entry):
-    """Layers of megatron-core's own have an `_extra_state` each, which is None: thousands of them for 128 experts."""
-    empty = isinstance(entry, ShardedObject) and entry.data is None
+    """Layers of megatron-core's own have an `_extra_state` each, which is None, Transformer Engine's an empty tensor
+    unless FP8 scaling remembers something: thousands of them for 128 experts."""
+    empty = isinstance(entry, ShardedObject) and (
+        entry.data is None or (torch.is_tensor(entry.data) and not entry.data.numel())
+    )
     return LocalNonpersistentObject(None) if empty else entry
 
 

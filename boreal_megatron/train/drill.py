@@ -10,7 +10,7 @@ from boreal_megatron import platform
 from boreal_megatron.config import phases
 from boreal_megatron.errors import ProblemsError
 from boreal_megatron.log import Reporter
-from boreal_megatron.train import checkpoint, state as train_state, step as train_step, store
+from boreal_megatron.train import checkpoint, optim, state as train_state, step as train_step, store
 
 
 def rehearse(config, mesh, loader, resumed, steps):
@@ -69,6 +69,7 @@ def _pass(config, mesh, loader, path, steps, save_to=None):
         step = train_step.take(config, wrapped, optimizer, mesh, loader, state)
         state = step.state
         losses.append((step.loss, step.mtp_loss, step.gradient_norm))
+    optim.gather(wrapped)
     after = {**train_state.digest(chunks, optimizer, state), "losses": losses}
     # The schedule's hooks hold the network in a cycle through autograd; two networks need not fit.
     settings = wrapped[0].config

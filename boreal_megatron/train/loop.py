@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from boreal_megatron import parallel
-from boreal_megatron.config import check, phases
+from boreal_megatron.config import check, fp8, phases
 from boreal_megatron.data import blend
 from boreal_megatron.data.dataset import Loader, check_tokenizer
 from boreal_megatron.log import Reporter, megatron_line
-from boreal_megatron.model import kernels, router
+from boreal_megatron.model import kernels, provider, router
 from boreal_megatron.plan import params
-from boreal_megatron.train import checkpoint, drill, state as train_state, step as train_step
+from boreal_megatron.train import checkpoint, drill, optim, state as train_state, step as train_step
 
 
 def train(config, *, world, resume_drill=0):
@@ -45,7 +45,7 @@ def run(config, mesh, loader, resume_drill):
     chunks, wrapped, optimizer, state = checkpoint.begin(config, mesh, loader, resumed)
     plan = phases.spans(config.phases)
     report = Reporter(config.checkpoint.folder, mesh.last_rank, plan[-1].end_step, state.step)
-    announce(report, config, mesh, loader, chunks[0].kernels, plan, state, resumed, passed_over, rehearsed)
+    announce(report, config, mesh, loader, chunks[0], plan, state, resumed, passed_over, rehearsed)
     signals = Signals()
     saver = checkpoint.Saver(config, mesh, report, resumed)
     first_step, validation, began = state.step, None, time.perf_counter()
@@ -107,6 +107,7 @@ def run(config, mesh, loader, resume_drill):
 
     saver.close()
     finished = phases.at(config.phases, *state.now) is None
+    optim.gather(wrapped)
     if not finished:
         report.say(f" leaving after iteration {state.step}; the same command goes on from {saver.last_good}")
     if finished and state.step == first_step:
@@ -126,7 +127,7 @@ def run(config, mesh, loader, resume_drill):
     return summary
 
 
-def announce(report, config, mesh, loader, choices, plan, state, resumed, passed_over, rehearsed):
+def announce(report, config, mesh, loader, model, plan, state, resumed, passed_over, rehearsed):
     """What is about to happen: sizes, layout, kernels, phases in both units, data, what was rehearsed, where it goes on."""
     cut, size = config.parallel, params.count(config.model)
     report.say(
@@ -136,8 +137,12 @@ def announce(report, config, mesh, loader, choices, plan, state, resumed, passed
         f"context {cut.context}, data {mesh.dp_size}, expert {cut.expert}"
         f"{f' x tensor {cut.expert_tensor}' if cut.expert_tensor > 1 else ''} | {config.precision}"
     )
-    for line in kernels.lines(choices):
+    for line in kernels.lines(model.kernels):
         report.say(f" kernels {line}")
+    for line in provider.lines(model.choices):
+        report.say(f" modules {line}")
+    for line in fp8.lines(config):
+        report.say(f" precision {line}")
     for span in plan:
         report.say(
             f" phase {span.phase.name}: {span.steps} steps, {span.end_raw_token - span.first_raw_token:,} raw tokens, "

@@ -20,16 +20,49 @@ def decays(name, parameter):
     return parameter.dim() > 1 and not name.endswith(NO_DECAY)
 
 
-def wrap(config, chunks):
-    """Each chunk in megatron-core's DDP: FP32 gradient buffers, summed over data and context parallelism.
+class DataParallel(DistributedDataParallel):
+    """megatron-core's DDP with `parallel.overlap`, for weights that it does not hear of by itself.
 
-    Embedding and head add to their buffers themselves. That suits a reduction after the backward pass; to overlap it
-    (`overlap_grad_reduce`), megatron-core's hook would have to hear of their gradients.
+    Its hooks are on autograd's accumulation of a gradient, and on the call of the module that has a weight. Embedding and
+    head add to their gradients themselves, and report them at the end of the backward pass; weights that a module takes
+    from a holder that is never called are waited for when that module is called.
     """
+
+    def _make_backward_post_hook(self, param):
+        return (lambda *unused: None) if self._own_gradient(param) else super()._make_backward_post_hook(param)
+
+    def _make_forward_pre_hook(self):
+        wait = super()._make_forward_pre_hook()
+
+        def hook(module, *unused):
+            wait(module)
+            for child in module.children():
+                if type(child) is torch.nn.Module or child is getattr(module, "output_layer", None):
+                    wait(child)
+
+        return hook
+
+    def _own_gradient(self, param):
+        return self.ddp_config.overlap_grad_reduce and any(param is own for own in self.module.own_gradients())
+
+    def report_own_gradients(self):
+        """After the backward pass: the gradients that autograd did not see are there."""
+        if self.ddp_config.overlap_grad_reduce:
+            for param in self.module.own_gradients():
+                self.param_to_bucket_group[param].register_grad_ready(param)
+
+
+def wrap(config, chunks):
+    """Each chunk in DataParallel: FP32 gradient buffers, summed over data and context parallelism."""
+    overlap, distributed = config.parallel.overlap, config.optimizer.distributed
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=config.optimizer.distributed, grad_reduce_in_fp32=True, average_in_collective=False
+        use_distributed_optimizer=distributed,
+        grad_reduce_in_fp32=True,
+        average_in_collective=False,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and distributed,
     )
-    wrapped = [DistributedDataParallel(c.config, ddp, c, pg_collection=c.pg_collection) for c in chunks]
+    wrapped = [DataParallel(c.config, ddp, c, pg_collection=c.pg_collection) for c in chunks]
     for chunk in wrapped:
         chunk.broadcast_params()
     return wrapped
@@ -54,9 +87,10 @@ def build(config, wrapped):
             adam_beta2=options.beta2,
             adam_eps=options.eps,
             clip_grad=options.clip,
-            bf16=config.precision == "bf16",
+            bf16=config.precision.compute == "bf16",
             params_dtype=settings.params_dtype,
             use_distributed_optimizer=options.distributed,
+            overlap_param_gather=config.parallel.overlap and options.distributed,
         ),
         wrapped,
         config_overrides=groups,
@@ -72,8 +106,16 @@ def finalize(wrapped, count, **kwargs):
     """megatron-core's end of the backward pass: reduce gradients, move the router's bias; `step.forward_backward`
     divides them, not by a count. The expert loads are read first, because it clears them."""
     for chunk in wrapped:
+        chunk.report_own_gradients()
         chunk.module.expert_loads = router.loads(chunk.module, chunk.module.pg_collection.tp_dp_cp)
     finalize_model_grads(wrapped, None, **kwargs)
+
+
+def gather(wrapped):
+    """Every rank's weights whole again after a step; with `parallel.overlap` the next forward pass would gather them."""
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _key(name, matches):

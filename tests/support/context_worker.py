@@ -19,7 +19,7 @@ from boreal_megatron import parallel
 from boreal_megatron.config.schema import Kernels, Parallel
 from boreal_megatron.data import batch
 from boreal_megatron.log import quiet
-from boreal_megatron.model import context, rope
+from boreal_megatron.model import context, provider, rope
 from boreal_megatron.model.config import transformer_config
 from boreal_megatron.model.kernels import chosen
 from boreal_megatron.model.packing import Packing
@@ -73,9 +73,12 @@ def groups(tp, cp):
 def build(kind, pg, **changes):
     """A mixer with weights that depend on names only, cut for its tensor-parallel rank."""
     kernels = chosen(Kernels(), MODEL.gdn.head_dim, torch.device("cpu"))
-    layers = stack_spec(MODEL, kernels, context_mode="heads" if kind == "heads" else "state").submodules
+    run = config_for(MODEL, **changes)
+    choices = provider.chosen(run, torch.device("cpu"))
+    mode = "heads" if kind == "heads" else "state"
+    layers = stack_spec(MODEL, kernels, provider.modules(choices), context_mode=mode).submodules
     layer = layers.attention_layer if kind == "attention" else layers.gdn_layer
-    config = transformer_config(config_for(MODEL, **changes))
+    config = transformer_config(run, choices)
     module = build_module(layer.submodules.self_attention, config=config, layer_number=1, pg_collection=pg)
     generator = torch.Generator().manual_seed(0)
     for name, p in module.named_parameters():

@@ -66,6 +66,7 @@ class Layout:
 TP = "parallel.tensor=2 parallel.sequence_parallel=true"
 PP, VPP, CP = "parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.context=2"
 HEADS, EP, ETP = "parallel.context_deltanet=heads", "parallel.expert=2", "parallel.expert_tensor=2"
+GROUPED, OVERLAP = "kernels.experts=grouped_mm", "parallel.overlap=true"
 LAYOUTS = [
     Layout("recompute selective", 1, "recompute=selective", often=True),
     Layout("recompute full", 1, "recompute=full"),
@@ -83,6 +84,12 @@ LAYOUTS = [
     Layout("pipeline 2, recompute full", 2, f"{PP} recompute=full"),
     Layout("pipeline 2 x virtual 2", 2, f"{PP} {VPP}", often=True),
     Layout("expert 2", 2, EP, often=True),
+    Layout("expert 2, grouped experts, allgather", 2, f"{EP} {GROUPED} parallel.dispatcher=allgather"),
+    Layout("expert 2 x tensor 2, grouped experts", 4, f"{EP} {ETP} {GROUPED}"),
+    Layout("data 2, grouped experts, overlap", 2, f"{GROUPED} {OVERLAP}", often=True),
+    Layout("data 2, plain optimizer, overlap", 2, OVERLAP, "fp32, plain optimizer"),
+    Layout("pipeline 2 x virtual 2 x data 2, overlap", 4, f"{PP} {VPP} {OVERLAP}"),
+    Layout("tensor 2 x pipeline 2 x data 2, untied, overlap", 8, f"{TP} {PP} {OVERLAP}", "fp32, untied"),
     Layout("expert tensor 2", 2, ETP),
     Layout("context 2", 2, CP, often=True),
     Layout("context 2, by heads", 2, f"{CP} {HEADS}"),

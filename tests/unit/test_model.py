@@ -327,6 +327,40 @@ def test_a_tensor_parallel_rank_may_hold_padding_only(mesh, tmp_path):
             assert not found[60:].any()
 
 
+# ---------------------------------------------------------------- overlap
+
+
+@pytest.mark.parametrize("experts", ["sequential", "grouped_mm"])
+def test_overlap_waits_for_every_weight_and_hears_of_every_gradient(experts, mesh):
+    """Also of those that modules take from a holder which is never called, or whose gradients autograd does not see."""
+    config = config_for(
+        tiny_model(tie_embeddings=False), kernels={"experts": experts}, parallel={"overlap": True}, seed=3
+    )
+    [model] = boreal.build(config, mesh)
+    [wrapped] = optim.wrap(config, [model])
+    optim.build(config, [wrapped])
+    waited, heard = [], []
+
+    class Group:
+        def __init__(self, parameter):
+            self.parameter = parameter
+
+        def finish_param_sync(self, **unused):
+            waited.append(self.parameter)
+
+        def register_grad_ready(self, parameter, *unused):
+            heard.append(parameter)
+
+    groups, wrapped.param_to_bucket_group = wrapped.param_to_bucket_group, {p: Group(p) for p in model.parameters()}
+    losses = wrapped(make(), 0.1)
+    assert {id(p) for p in waited} == {id(p) for p in model.parameters()}
+    head.loss_function(0.1, losses)[0].backward()
+    wrapped.report_own_gradients()
+    assert sorted(map(id, heard)) == sorted(id(p) for p in model.parameters())  # each once
+    assert all(p.main_grad.abs().sum() > 0 for p in model.parameters())
+    wrapped.param_to_bucket_group = groups
+
+
 # ---------------------------------------------------------------- precision
 
 

@@ -35,6 +35,7 @@ def test_published_counts(name, tied, untied, active_non_embedding):
 @pytest.mark.parametrize("name, changes", [*((name, {}) for name in PRESETS), ("tiny", {"vocab_size": 641})])
 @pytest.mark.parametrize("tied", [True, False])
 def test_built_model_has_the_planned_parameters(name, changes, tied, mesh, monkeypatch):
+    from boreal_megatron.model import provider
     from boreal_megatron.model.boreal import BorealModel
     from boreal_megatron.model.config import transformer_config
 
@@ -42,7 +43,8 @@ def test_built_model_has_the_planned_parameters(name, changes, tied, mesh, monke
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
     with torch.device("meta"):
         config = config_for(model)
-        built = BorealModel(config, transformer_config(config), mesh, 0)
+        choices = provider.chosen(config, mesh.device)
+        built = BorealModel(config, transformer_config(config, choices), choices, mesh, 0)
     counts = params.count(model)
     assert {p.device.type for p in built.parameters()} == {"meta"}
     assert sum(p.numel() for p in built.parameters()) == counts["with_mtp"] + counts["padding"]
