@@ -158,37 +158,49 @@ def attention_outside(row):
 
 
 def attention_inside(row):
+    """What scaled_dot_product_attention keeps besides its inputs; across ranks its keys and values are copies."""
     queries, keys, n, _ = row.attention()
     row_of_keys = row.e * 2 * keys * row.cut.context if row.cut.context > 1 else 0
     return {"core output": row.e * queries, "logsumexp": FLOAT * row.T * n, "keys and values of the row": row_of_keys}
 
 
 def projected(row):
+    """Bytes of Gated DeltaNet's input projection."""
     H, HV, K = row.gdn()
     return row.e * row.T * (2 * H * K + 2 * HV * K + 2 * HV)
 
 
 def deltanet_outside(row):
+    """The output projection's input."""
     _, HV, K = row.gdn()
     return {"gated output": row.e * row.T * HV * K}
 
 
 def deltanet_inside(row):
+    """Convolution, delta rule and output norm."""
     return deltanet_triton(row) if row.triton else deltanet_torch(row)
+
+
+def rule(row):
+    """(positions, H, HV, K) of the delta rule: across context-parallel ranks by heads, the whole row and fewer heads."""
+    H, HV, K = row.gdn()
+    cp = row.cut.context if row.cut.context_deltanet == "heads" else 1
+    return row.T * cp, H // cp, HV // cp, K
 
 
 def chunks(row):
     """Chunks of the Triton kernels at most: each document has a short one."""
-    return min(row.T, row.T // CHUNK + row.documents)
+    positions = rule(row)[0]
+    return min(positions, positions // CHUNK + row.documents)
 
 
 def deltanet_triton(row):
-    H, HV, K = row.gdn()
-    T, e, n = row.T, row.e, chunks(row)
+    """What `boreal_kernels`' Triton operations save; they compute the states of chunks again."""
+    T, H, HV, K = rule(row)
+    e, n = row.e, chunks(row)
     cp, mode = row.cut.context, row.cut.context_deltanet
-    passes = (
-        2 if cp > 1 and mode == "state" else 1
-    )  # from zero, for what the chunk does to a state; then from that state
+    # From zero, for what the chunk does to a state; and again, from the state that enters.
+    passes = 2 if cp > 1 and mode == "state" else 1
     return {
         "q, k, v, z, b, a": projected(row),
         "v": e * T * HV * K,
@@ -204,13 +216,14 @@ def deltanet_triton(row):
 
 
 def deltanet_torch(row):
-    H, HV, K = row.gdn()
-    T, C = row.T, TORCH_CHUNK
+    """What autograd saves in `boreal_kernels`' plain torch, all in FP32."""
+    T, H, HV, K = rule(row)
+    C = TORCH_CHUNK
     n = -(-T // C)
     L, taps = n * C, row.model.gdn.conv_width
     keys, values, channels = H * K, HV * K, (2 * H + HV) * K
     half = row.e < FLOAT
-    return {
+    found = {
         "q, k, v, z, b, a": 0 if half else projected(row),
         "convolution": FLOAT * channels * ((T + taps - 1) + taps * T + taps) + (taps - 1) * T,
         "q, k before norms": 2 * FLOAT * T * keys,
@@ -226,14 +239,16 @@ def deltanet_torch(row):
         "z": row.low(T * values),
         "output norm": 3 * FLOAT * T * values + FLOAT * T * HV,
     }
-
-
-def dense_outside(row):
-    return {}
-
-
-def dense_inside(row):
-    return {}
+    if row.cut.context > 1 and row.cut.context_deltanet == "state":
+        found |= {
+            # No queries, and the transition as K more columns of the values.
+            "matrices of the pass from zero": FLOAT * L * C * (5 * HV + H),
+            "inputs of the pass from zero": FLOAT * L * (6 * values + (5 if H > 1 else 3) * keys),
+            "states of the pass from zero": FLOAT * 2 * n * HV * K * K,
+            "gates of the pass from zero": T * HV * 3 * FLOAT + L * HV * (8 + 3 * FLOAT),
+            "entering state": FLOAT * (6 * C * HV * K + HV * K * K * (2 + row.cut.context)),
+        }
+    return found
 
 
 def mlp(row, positions, width, name=""):
@@ -243,10 +258,12 @@ def mlp(row, positions, width, name=""):
 
 
 def dense(row):
+    """The dense SwiGLU."""
     return mlp(row, row.T, row.model.ffn_hidden_size // row.cut.tensor)
 
 
 def moe(row):
+    """Router, the positions that came to this rank's experts, their SwiGLUs, the shared expert's."""
     m, routed = row.model.moe, row.routed
     width = m.expert_hidden_size // row.cut.expert_tensor
     return {
@@ -277,7 +294,8 @@ def passing(row, letter):
         made = sum(everything(row, letter).values()) + row.stream
         again = made - (row.stream if row.e == FLOAT else 0)  # the norm's input there is what was kept
     elif row.recompute == "selective":
-        again = sum(inside(row, letter).values()) - sum(inputs(row, letter).values())
+        made, there = inside(row, letter), inputs(row, letter)
+        again = sum(size for name, size in made.items() if name not in there) + MADE_AGAIN[letter](row)
     gathered = row.whole if row.cut.sequence_parallel else 0
     return again + row.stream + gathered + PASSING[letter](row)
 
@@ -288,21 +306,24 @@ def gate(row, elements, h):
 
 
 def attention_passing(row):
+    """The gate's gradients; the core's are fewer."""
     return gate(row, row.attention()[0], row.model.hidden_size)
 
 
 def deltanet_passing(row):
-    H, HV, K = row.gdn()
-    T, e, h, n = row.T, row.e, row.model.hidden_size, chunks(row)
+    """The gate's gradients in plain torch; with Triton those of its one operation, or what the rule's backward makes."""
+    T, H, HV, K = rule(row)
+    e, h, n = row.e, row.model.hidden_size, chunks(row)
     values = T * HV * K
     if not row.triton:
         return gate(row, values, h)
     states = 2 * e * n * HV * K * K  # entering each chunk, and their gradients
-    rule = states + e * n * CHUNK * HV * (K + CHUNK) + e * values + 2 * e * T * H * K + 2 * e * T * HV
-    return max(2 * e * values, e * values + e * HV * K * h, rule)
+    kernel = states + e * n * CHUNK * HV * (K + CHUNK) + e * values + 2 * e * T * H * K + 2 * e * T * HV
+    return max(2 * e * values, e * values + e * values // row.T * h, kernel)
 
 
 def dense_passing(row):
+    """The gradients of both halves, besides that of their product, which takes its place."""
     width = row.model.ffn_hidden_size // row.cut.tensor
     one = row.e * row.T * width
     return max(2 * one, one + row.e * width * row.model.hidden_size)
@@ -313,6 +334,12 @@ def moe_passing(row):
     return 3 * row.e * row.routed * row.model.hidden_size + row.whole
 
 
+MADE_AGAIN = {  # by `selective`: the output a second time, and its gradient, which is held meanwhile
+    "*": lambda row: 0,  # the gate behind it needs more
+    "G": lambda row: 2 * row.e * row.T * row.gdn()[1] * row.gdn()[2],
+    "-": lambda row: 0,
+    "E": lambda row: 2 * row.stream,
+}
 PASSING = {"*": attention_passing, "G": deltanet_passing, "-": dense_passing, "E": moe_passing}
 
 
@@ -334,6 +361,7 @@ def mtp(row, letters):
 
 
 def mtp_inside(row, letters):
+    """`mtp` from the two norms to the last one, without recomputation of the whole."""
     h = row.model.hidden_size
     return {
         **norm(row, "embedding norm", row.S, h),
@@ -345,6 +373,7 @@ def mtp_inside(row, letters):
 
 
 def mtp_passing(row, letters):
+    """`passing` of the multi-token head."""
     again = sum(mtp_inside(row, letters).values()) if row.recompute == "full" else 0
     return again + max(passing(row, letter) for letter in letters)
 

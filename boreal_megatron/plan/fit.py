@@ -1,12 +1,10 @@
 """What a plan of memory says: whether a run fits, the table, and the nearest changes of the run that do fit."""
 
-from itertools import product
-
 from boreal_megatron.config.check import problems
 from boreal_megatron.plan import memory
 from boreal_megatron.plan.memory import GIB
 
-SHOWN = 3
+SHOWN, DEEP = 3, 3
 PARTS = ("weights", "gradients", "optimizer")
 SUMS = ("peak", "buffers", "reserved", "total")
 ASSUMED = ("reserved", "total")
@@ -14,7 +12,7 @@ ASSUMED = ("reserved", "total")
 
 def answer(config, world, gpu, name, imbalance=memory.IMBALANCE):
     """What `boreal plan memory` prints, for programs: `memory.per_rank` with `gpu`, `memory`, `left` (bytes on the
-    fullest rank, negative where it does not fit) and `nearest`, changes with which it fits: {"change", "left"}."""
+    fullest rank, negative where it does not fit) and, there, `nearest`: {"change": {field: value}, "left"} of each."""
     found = memory.per_rank(config, world, imbalance=imbalance)
     offered = int(gpu.memory_gib * GIB)
     left = offered - memory.needed(found)
@@ -23,30 +21,31 @@ def answer(config, world, gpu, name, imbalance=memory.IMBALANCE):
 
 
 def nearest(config, world, offered, imbalance):
-    """The first few changes after which the run fits: single ones, or pairs where no single one does."""
-    singles = [(field, value) for field, values in candidates(config).items() for value in values]
-    for number in (1, 2):
+    """The first few single changes after which the run fits; where none does, changes on top of the one that leaves
+    most, up to `DEEP` of them; where those do not fit either, the last, whose `left` is negative."""
+    changes = {}
+    for _ in range(DEEP):
         found = []
-        for change in product(singles, repeat=number):
-            if len({field for field, _ in change}) < number or list(change) != sorted(change, key=singles.index):
-                continue
-            try_ = changed(config, dict(change))
-            if problems(try_, world):
-                continue
-            left = offered - memory.needed(memory.per_rank(try_, world, imbalance=imbalance))
-            if left >= 0:
-                found.append({"change": {field: value for field, value in change}, "left": left})
-            if len(found) == SHOWN:
-                break
-        if found:
-            return found
-    return []
+        for field, values in candidates(changed(config, changes)).items():
+            for value in values if field not in changes else ():
+                mine = changes | {field: value}
+                run = changed(config, mine)
+                if not problems(run, world):
+                    left = offered - memory.needed(memory.per_rank(run, world, imbalance=imbalance))
+                    found.append({"change": mine, "left": left})
+        if fitting := [choice for choice in found if choice["left"] >= 0]:
+            return fitting[:SHOWN]
+        if not found:
+            break
+        best = max(found, key=lambda choice: choice["left"])
+        changes = best["change"]
+    return [best] if changes else []
 
 
 def candidates(config):
     """{field: values to try}, what costs least speed first."""
     cut, kinds = config.parallel, ("none", "selective", "full")
-    doubled = lambda n: [n * 2**i for i in range(1, 6)]  # noqa: E731
+    doubled = lambda n: [n * 2**i for i in range(1, 5)]  # noqa: E731
     return {
         "optimizer.distributed": [] if config.optimizer.distributed else [True],
         "micro_batch": [n for n in (config.micro_batch // 2, 1) if 0 < n < config.micro_batch][:2],
@@ -102,5 +101,8 @@ def table(found):
         change = " ".join(f"{field}={str(value).lower()}" for field, value in choice["change"].items())
         if "parallel.tensor" in choice["change"]:
             change += " parallel.sequence_parallel=true"
-        lines.append(f"it fits with {change}: ~ {size(choice['left'])} GiB left")
-    return "\n".join(lines if found["nearest"] else [*lines, "no one or two changes of the layout make it fit"])
+        if choice["left"] >= 0:
+            lines.append(f"it fits with {change}: ~ {size(choice['left'])} GiB left")
+        else:
+            lines.append(f"nearest: {change}, which does not fit by ~ {size(-choice['left'])} GiB")
+    return "\n".join(lines)

@@ -30,7 +30,8 @@ Bytes of the fullest rank of each pipeline stage, in the phase that needs most; 
                      counts as its share), with what a stage received and sent
   alive besides      then, while some half-block's gradients or the logits are computed
   buffers            sequence parallelism's gathered input, which stays
-~ assumed            kernels: Triton's on CUDA, also where fla or flash_qla run; a document a window
+~ assumed            kernels: Triton's on CUDA, also where fla or flash_qla run (the plain torch rule is counted too, but
+                     for its second pass over a row that context-parallel ranks share by state); a document a window
   ~ imbalance        --imbalance, positions of the busiest rank's experts over the mean
   ~ logits           Triton's loss takes its budget of {activations.LOSS_BUDGET / 1e6:.0f} MB, or all rows where they are less
   ~ reserved         {LIBRARIES / GIB:.1f} GiB CUDA context and libraries, {COMMUNICATOR / GIB:.1f} GiB a process group (NCCL), and
@@ -66,7 +67,8 @@ def per_rank(config, world, *, imbalance=IMBALANCE, kernels=activations.CUDA):
         ProblemsError: of the configuration.
     """
     check(config, world)
-    found = [_phase(config, world, phase, imbalance, kernels) for phase in config.phases]
+    held = shards.held(config, world)
+    found = [_phase(config, world, phase, held, imbalance, kernels) for phase in config.phases]
     return max(found, key=needed)
 
 
@@ -80,20 +82,20 @@ def fits(config, world, gpu, **options):
     return needed(per_rank(config, world, **options)) <= gpu.memory_gib * GIB
 
 
-def _phase(config, world, phase, imbalance, kernels):
+def _phase(config, world, phase, held, imbalance, kernels):
     row = activations.Row.of(config, phase, kernels, imbalance)
     count = phase.windows_per_step() // config.micro_batch // data_size(config, world)
     stages = []
-    for rank, (held, cut) in enumerate(zip(shards.held(config, world), shards.chunks(config), strict=True)):
+    for rank, (state, cut) in enumerate(zip(held, shards.chunks(config), strict=True)):
         chunks = [_chunk(row, *chunk) for chunk in cut]
         peak, kept, in_flight = fullest(chunks, row, rank, count)
         kinds = {}
         for kind, size in (item for chunk in chunks for item in chunk.kinds.items()):
             kinds[kind] = kinds.get(kind, 0) + size
         parts = {
-            "weights": held["weights"],
-            "gradients": held["gradients"],
-            "optimizer": held["optimizer"][1],
+            "weights": state["weights"],
+            "gradients": state["gradients"],
+            "optimizer": state["optimizer"][1],
             "peak": peak,
             "buffers": row.whole if config.parallel.sequence_parallel else 0,
             "reserved": reserved(config, world) + int(FRAGMENTS * peak),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from boreal_megatron.cli import main
 from boreal_megatron.config.load import load, resolve_preset, validate
-from boreal_megatron.config.schema import Config, Model
+from boreal_megatron.config.schema import Model
 from boreal_megatron.errors import BorealError
 from boreal_megatron.plan import activations, cache, fit, hardware, memory, shards
 from tests.support.configs import config_for, tiny_model
@@ -59,14 +59,23 @@ def assert_same_state(plans):
             assert list(mine["optimizer"]) == theirs["state_bytes"], (config.parallel, world)
 
 
-def test_state_is_the_dry_runs_to_the_byte():
+QUICK = ("every axis", "uneven stages, untied", "three stages, no MTP", "expert tensor", "odd sizes")
+
+
+def plans(names):
     phase = {"name": "only", "until_steps": 4, "sequence": 96, "positions_per_step": 96 * 96}
-    assert_same_state(
-        [
-            (config_for(tiny_model(**model), **{"precision": "bf16", "phases": [phase], "parallel": cut, **changes}), world)
-            for model, cut, world, changes in LAYOUTS.values()
-        ]
-    )
+    for model, cut, world, changes in (LAYOUTS[name] for name in names):
+        values = {"precision": "bf16", "phases": [phase], "parallel": cut, **changes}
+        yield config_for(tiny_model(**model), **values), world
+
+
+def test_state_is_the_dry_runs_to_the_byte():
+    assert_same_state([*plans(QUICK)])
+
+
+@pytest.mark.slow
+def test_state_of_more_layouts():
+    assert_same_state([*plans(name for name in LAYOUTS if name not in QUICK)])
 
 
 @pytest.mark.slow
@@ -116,10 +125,86 @@ def test_activations_are_those_of_a_real_step(mesh, config):
     assert stage["peak"] == pytest.approx(found["peak"], rel=0.05)
     if config.recompute == "none":
         row = activations.Row.of(config, config.phases[0], activations.CPU)
-        handed_on = row.stream if config.precision == "bf16" else 0  # in FP32 the next norm keeps it, and has it counted
+        handed_on = (
+            row.stream if config.precision == "bf16" else 0
+        )  # in FP32 the next norm keeps it, and has it counted
         for name, size in found["kept"].items():
             planned = sum(activations.kept(row, name[-1]).values())
             assert size - handed_on == pytest.approx(planned, rel=0.01), name
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_triton_keeps_what_its_operations_save(context):
+    """The core of Gated DeltaNet through the Triton operations' own autograd, on tensors without storage, with the two
+    passes over the rule of a context-parallel rank; and the sizes that the plan repeats, because it imports no kernels."""
+    import torch
+    from boreal_kernels.causal_conv1d import fused as convolution
+    from boreal_kernels.gated_delta_rule import chunks, reference
+    from boreal_kernels.gated_delta_rule import fused as rule
+    from boreal_kernels.gated_rmsnorm import fused as norm
+    from boreal_kernels.multi_hot_ce import linear
+    from boreal_kernels.multi_hot_ce import reference as loss
+    from tests.support.memory_worker import Alive
+
+    config = other("G-", parallel={"context": context})
+    row = activations.Row.of(config, config.phases[0])
+    T, (H, HV, K) = row.T, row.gdn()
+    R, W = HV // H, config.model.gdn.conv_width
+
+    def new(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+    x, weight, scale = new(1, T, H, (2 + 2 * R) * K + 2 * R), new(H * (2 + R) * K, W), new(K)
+    A_log, dt_bias, cu_seqlens = new(HV, dtype=torch.float32), new(HV, dtype=torch.float32), new(3, dtype=torch.int32)
+    with Alive() as alive:
+        qkv, z, b, a = (x * 1).split([(2 + R) * K, R * K, R, R], dim=-1)
+        (q, k, v), _ = convolution.apply(
+            qkv, weight, activation="silu", cu_seqlens=cu_seqlens, initial_state=None, output_final_state=False,
+            split=(K, K, R * K),
+        )  # fmt: skip
+        v = v.unflatten(-1, (R, K)).flatten(2, 3)
+        inputs = (q, k, v, a.flatten(2), b.flatten(2), A_log, dt_bias)
+        state = None
+        if context > 1:  # as if the other ranks' states were this one's
+            ends = dict(output_final_state=True, output_transition=True)
+            _, own, through = rule.gated_delta_rule(
+                *inputs, cu_seqlens=cu_seqlens, initial_state=None, scale=1.0, **ends
+            )
+            state = own + through
+            del own, through
+        ends = dict(output_final_state=False, output_transition=False)
+        o, _, _ = rule.gated_delta_rule(*inputs, cu_seqlens=cu_seqlens, initial_state=state, scale=1.0, **ends)
+        z = z.unflatten(-1, (R, K))
+        out = norm.gated_rmsnorm(o.reshape(z.shape), z, scale, 1e-6, "silu")
+        del qkv, q, k, v, z, b, a, inputs, o, state
+    planned = activations.deltanet_triton(row) | activations.deltanet_outside(row)
+    if context > 1:
+        planned["states across ranks"] = 2 * HV * K * K * 4  # of two documents, one each
+    assert alive.bytes == pytest.approx(sum(planned.values()), rel=1e-3) and out.requires_grad
+    assert (chunks.CHUNK, reference.CHUNK) == (activations.CHUNK, activations.TORCH_CHUNK)
+    assert (loss.LINEAR_ROWS, loss.BLOCK_ELEMENTS) == (activations.LOSS_ROWS, activations.LOSS_BLOCK)
+    assert linear.BUDGET_BYTES == activations.LOSS_BUDGET
+
+
+def test_rmsnorm_keeps_less_on_cuda():
+    """RMSNorm's forward pass on imagined CUDA tensors and on CPU tensors."""
+    import torch
+    from boreal_megatron.model.norm import RMSNorm
+    from tests.support.memory_worker import Alive
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = other("G-")
+    for kernels, device in ((activations.CUDA, "cuda"), (activations.CPU, "cpu")):
+        row = activations.Row.of(config, config.phases[0], kernels)
+        norm = RMSNorm.__new__(RMSNorm)
+        torch.nn.Module.__init__(norm)
+        norm.eps = 1e-6
+        with torch._C.DisableTorchFunction(), FakeTensorMode():  # the CPU platform would make CUDA a CPU
+            norm.weight = torch.nn.Parameter(torch.empty(48, dtype=torch.bfloat16, device=device))
+            x = torch.empty(40, 1, 48, dtype=torch.bfloat16, device=device, requires_grad=True)
+            with Alive() as alive:
+                y = norm(x)
+            assert alive.bytes - y.nbytes == sum(activations.norm(row, "", 40, 48).values()), device
 
 
 # ---------------------------------------------------------------- schedules, answers, bad input
@@ -149,6 +234,8 @@ def test_answers(capsys, tmp_path):
     assert found["left"] < 0 and found["phase"] == "context" and 1 <= len(found["nearest"]) <= 3
     for choice in found["nearest"]:
         assert memory.fits(fit.changed(config, choice["change"]), 256, h100), choice
+    tiny = fit.answer(config, 256, h100.model_copy(update={"memory_gib": 8.0}), "tiny")
+    assert len(tiny["nearest"]) == 1 and tiny["left"] < tiny["nearest"][0]["left"] < 0  # the nearest there is
     alone = ten_billion("parallel.expert=1")
     more = memory.per_rank(alone, 256)["stages"][0]
     less = memory.per_rank(config, 256)["stages"][0]

@@ -33,6 +33,7 @@ SLOW = {
     "tensor, sequence, selective": ("*-GE*-", SEQUENCE | {"expert": 2}, 1, {"recompute": "selective"}),
     "expert tensor": ("*-GE*E", SEQUENCE | {"expert_tensor": 2}, 1, {}),
     "expert": ("GE*E", {"expert": 2}, 1, {}),
+    "context by state": ("*-GEG-", {"context": 2}, 1, {}),
     "context by heads": ("*-GE*-", {"context": 2, "context_deltanet": "heads"}, 1, {}),
 }
 RANKS = 2
@@ -61,7 +62,11 @@ def planned_and_measured(cases, folder):
 
 
 def assert_close(found):
-    wrong = [f"{name}, rank {rank}: {mine / real - 1:+.1%}" for name, rank, mine, real in found if abs(mine / real - 1) > 0.05]
+    wrong = [
+        f"{name}, rank {rank}: {mine / real - 1:+.1%}"
+        for name, rank, mine, real in found
+        if abs(mine / real - 1) > 0.05
+    ]
     assert not wrong, wrong
 
 
