@@ -53,7 +53,7 @@ class Row:
             T=phase.sequence * config.micro_batch // config.parallel.context,
             bag=phase.bag_size,
             documents=config.micro_batch,
-            e={"fp32": 4, "bf16": 2}[config.precision],
+            e={"fp32": 4, "bf16": 2}[config.precision.compute],
             recompute=config.recompute,
             triton=kernels[0] and "torch" not in (rule, others),
             cuda=kernels[1],

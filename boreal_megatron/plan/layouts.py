@@ -23,7 +23,7 @@ WEIGHT_AND_GRADIENT = 6  # bytes of a parameter on its rank, in bf16 and FP32; w
 EQUAL = 0.01  # of the time: the model tells no closer ones apart, and the plainer layout comes first
 NOT_TRIED = {
     "precision fp32": "slower than bf16 in every layout: it has no tensor cores",
-    "precision fp8": "not built: `precision` is bf16 or fp32",
+    "precision.fp8, parallel.dispatcher, parallel.overlap, kernels": "as the configuration says; write others as overrides",
     "micro_batch > 1 with context > 1": "a rank would exchange what it can keep",
     f"fewer than {SHORTEST:,} or more than {LONGEST:,} positions on a rank": "too little work, or no faster",
     "expert_tensor other than 1 and tensor": "the experts' ranks would not be those of the row",
@@ -88,6 +88,9 @@ def search(config, world, gpu, top=5, names=None, doublings=4):
     best, smallest = [], None
     while queue and len(best) < top:
         _, number, candidate = heapq.heappop(queue)
+        if problems := check.problems(candidate.config, world):  # those that are no rule between numbers
+            _note(rejected, "check", lambda: (problems[0], fields(candidate.config)))
+            continue
         needs = WEIGHT_AND_GRADIENT * candidate.estimates[0].parameters
         whole = needs <= gpu.memory_gib * memory.GIB
         if whole:

@@ -56,7 +56,7 @@ def weights(config, letters, first, last):
             found.append(Weight(h))
         if not tied or (several and not mtp):
             found.append(Weight(rows, alone=tied))
-    return [weight._replace(fp32=weight.fp32 or config.precision == "fp32") for weight in found]
+    return [weight._replace(fp32=weight.fp32 or config.precision.compute == "fp32") for weight in found]
 
 
 def half_block(model, cut, letter):

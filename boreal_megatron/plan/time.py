@@ -14,7 +14,7 @@ from boreal_megatron.config import check, layout
 from boreal_megatron.config.schema import Parallel
 from boreal_megatron.errors import BorealError
 from boreal_megatron.plan import flops
-from boreal_megatron.plan.work import BOREAL, Rank
+from boreal_megatron.plan.work import Rank, software_of
 
 KINDS = (*flops.KINDS, "communication", "optimizer", "idle")  # exchanges within a half-block count for its kind
 FORMULAS = {  # term -> (how it is counted, the rates it uses)
@@ -82,14 +82,14 @@ class Estimate(NamedTuple):
         return dict(found)
 
 
-def step(config, phase, world, gpu, software=BOREAL, known=None):
+def step(config, phase, world, gpu, software=None, known=None):
     """The time of one step.
 
     Args:
         config: `config.schema.Config` that `config.check` has nothing against.
         phase: the one of its phases that is meant.
         gpu: `hardware.GPU`; its `factors` multiply the seconds of a kind of work.
-        software: `work.Software`.
+        software: `work.Software`; None: what this code does with the configuration.
         known: a dict that keeps what layouts of one search have in common.
 
     Returns:
@@ -103,6 +103,7 @@ def step(config, phase, world, gpu, software=BOREAL, known=None):
             "this GPU has no rates; copy the section `rates` of h100 in plan/hardware.yaml to its entry and change it"
         )
     cut = config.parallel
+    software = software or software_of(config)
     stage, rank = _stage_work(config, phase.sequence, gpu, software, {} if known is None else known)
     micro_batches = phase.positions_per_step // (phase.sequence * config.micro_batch * check.data_size(config, world))
     chunks = [[stage(letters) for letters in mine] for mine in _letters(config)]

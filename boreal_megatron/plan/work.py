@@ -13,7 +13,8 @@ from typing import NamedTuple
 from boreal_megatron.plan import params
 
 TILE = 128, 256
-DTYPE = {"bf16": 2, "fp8": 2, "fp32": 4}  # bytes of an activation
+DTYPE = {"bf16": 2, "fp32": 4}  # bytes of an activation
+OVERLAPPED = 0.9  # of the gradients' and weights' exchange with parallel.overlap (assumed)
 FP32_SLOWER = 16  # than bf16: no tensor cores, 67 of 989 TFLOP/s by the data sheets
 # Elements read and written, forward and backward, for each element of the width they go with.
 NORM_AND_RESIDUAL = 5, 7  # a half-block's norm and sum, of h
@@ -30,10 +31,12 @@ class Software(NamedTuple):
     network one for each node); `grouped` runs a rank's experts as one product; `delta_rule` names a pair of rates.
     `hidden_*` is the share of an exchange that runs under computation. `gradient_bytes` of each parameter are reduced
     once a step, `accumulation_bytes` are moved to add a micro-batch's gradient. `fused_head` never writes the logits.
+    `fp8_experts` has the routed experts in FP8 where the run has FP8.
     """
 
     dispatcher: str = "alltoall"
     grouped: bool = False
+    fp8_experts: bool = False
     delta_rule: str = "fla"
     hidden_tensor: float = 0.4  # of five exchanges a half-block, megatron-core puts two under products
     hidden_expert: float = 0.0
@@ -44,7 +47,17 @@ class Software(NamedTuple):
     fused_head: bool = True
 
 
-BOREAL = Software()
+def software_of(config):
+    """What this code does with a configuration on GPUs where everything that it can use is installed."""
+    cut, kernels = config.parallel, config.kernels
+    return Software(
+        dispatcher="hybrid" if cut.dispatcher in ("deepep", "hybridep") else "alltoall",
+        grouped=kernels.experts != "sequential",
+        delta_rule=kernels.delta_rule if kernels.delta_rule == "flash_qla" else "fla",
+        fp8_experts=kernels.experts == "te",
+        hidden_data=OVERLAPPED if cut.overlap else 0.0,
+        accumulation_bytes=12 if kernels.linears == "local" else 8,
+    )
 
 
 class Piece(NamedTuple):
@@ -62,16 +75,16 @@ class Rank:
     """What one rank of a layout does with one micro-batch.
 
     Args:
-        config: `config.schema.Config`, or one like it; `precision` may also be `fp8`.
+        config: `config.schema.Config`.
         sequence: positions of a window.
         gpu: `hardware.GPU` with rates.
         software: Software.
     """
 
-    def __init__(self, config, sequence, gpu, software=BOREAL):
+    def __init__(self, config, sequence, gpu, software):
         self.model, self.cut, self.gpu, self.software = config.model, config.parallel, gpu, software
         self.sequence, self.precision = sequence, config.precision
-        self.dtype = DTYPE[config.precision]
+        self.dtype = DTYPE[config.precision.compute]
         self.t = config.micro_batch * sequence // self.cut.context
         self.local = self.t // self.cut.tensor if self.cut.sequence_parallel else self.t
         self.rate = {name: rate.value for name, rate in gpu.rates}
@@ -84,8 +97,8 @@ class Rank:
 
     def product(self, m, k, n, count=1, grouped=False, fp8=False):
         """Seconds of `count` equal products, one after the other, or as one if `grouped`."""
-        rate = self.rate["gemm_fp8" if fp8 and self.precision == "fp8" else "gemm"] * 1e12
-        rate /= FP32_SLOWER if self.precision == "fp32" else 1
+        rate = self.rate["gemm_fp8" if fp8 and self.precision.fp8 else "gemm"] * 1e12
+        rate /= FP32_SLOWER if self.precision.compute == "fp32" else 1
         tiles = ceil(m / TILE[0]) * ceil(n / TILE[1])
         if grouped:
             rate, tiles, launches = rate * self.rate["grouped"], tiles * count, 1
@@ -160,7 +173,7 @@ class Rank:
         yield add(
             "gemm", "attention", self.linear(self.t, h, width, fp8=True), self.linear(self.t, queries, h, fp8=True)
         )
-        work = 2 * self.sequence * queries * self.t / 1e12 * (FP32_SLOWER if self.precision == "fp32" else 1)
+        work = 2 * self.sequence * queries * self.t / 1e12 * (FP32_SLOWER if self.precision.compute == "fp32" else 1)
         forward, backward = work / self.rate["attention_forward"], 2 * work / self.rate["attention_backward"]
         yield Piece("attention_core", "attention", forward, backward, selective=True)
         yield Piece("elementwise", "attention", *self.touch(ATTENTION_SIDE, self.t * queries))
@@ -198,7 +211,8 @@ class Rank:
 
     def swiglu(self, name, kind, m, width, **how):
         h = self.model.hidden_size
-        products = self.linear(m, h, 2 * width, fp8=True, **how), self.linear(m, width, h, fp8=True, **how)
+        how = {"fp8": True} | how
+        products = self.linear(m, h, 2 * width, **how), self.linear(m, width, h, **how)
         rows = m * how.get("count", 1)
         return add(name, kind, *products, self.touch(SWIGLU, rows * width), selective=kind == "moe")
 
@@ -208,7 +222,7 @@ class Rank:
         copies = self.local * m.top_k * cut.expert_tensor  # rows of this rank's experts
         local = m.experts // cut.expert
         rows = ceil(copies / local)
-        many = {"count": local, "grouped": self.software.grouped}
+        many = {"count": local, "grouped": self.software.grouped, "fp8": self.software.fp8_experts}
         yield self.swiglu("expert_gemm", "moe", rows, m.expert_hidden_size // cut.expert_tensor, **many)
         if m.shared_hidden_size:
             yield self.swiglu("gemm", "moe", self.t, m.shared_hidden_size // cut.tensor)

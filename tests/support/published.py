@@ -6,7 +6,7 @@ performance summaries and verification cards, its pull requests 5098 and 5123, M
 
 from typing import NamedTuple
 
-from boreal_megatron.config.schema import GDN, Attention, Config, Model, MoE, Optimizer, Parallel, Phase
+from boreal_megatron.config.schema import GDN, Attention, Config, Model, MoE, Optimizer, Parallel, Phase, Precision
 from boreal_megatron.plan import time
 from boreal_megatron.plan.work import Software
 
@@ -109,8 +109,9 @@ SYSTEMS = [
 
 def estimate(system, gpu):
     """`plan.time.step` of a published run."""
+    precision = Precision(fp8="tensorwise" if system.precision == "fp8" else None)
     config = Config.model_construct(
-        model=system.model, parallel=Parallel(**system.parallel), micro_batch=1, precision=system.precision,
+        model=system.model, parallel=Parallel(**system.parallel), micro_batch=1, precision=precision,
         recompute="none", optimizer=Optimizer(),
     )  # fmt: skip
     phase = Phase(

