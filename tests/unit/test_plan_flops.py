@@ -58,12 +58,10 @@ def test_known_components():
 
 def test_torch_counts_the_same_products(mesh):
     """The built network's feed-forward and projections, run forward and counted by torch."""
-    from boreal_megatron.model.boreal import BorealModel
-    from boreal_megatron.model.config import transformer_config
+    from boreal_megatron.model import boreal
 
     model, sequence = model_of("tiny"), 64
-    config = config_for(model)
-    network = BorealModel(config, transformer_config(config), mesh, 0)
+    (network,) = boreal.build(config_for(model), mesh)
     attention, dense, gdn = (network.decoder.layers[i] for i in (0, 1, 2))
     parts = {
         ("-", "dense"): [dense.mlp],

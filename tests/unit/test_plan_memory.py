@@ -118,7 +118,7 @@ def test_activations_are_those_of_a_real_step(mesh, config):
     if config.recompute == "none":
         row = activations.Row.of(config, config.phases[0], activations.CPU)
         handed_on = (
-            row.stream if config.precision == "bf16" else 0
+            row.stream if config.precision.compute == "bf16" else 0
         )  # in FP32 the next norm keeps it, and has it counted
         for name, size in found["kept"].items():
             planned = sum(activations.kept(row, name[-1]).values())
