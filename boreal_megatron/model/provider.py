@@ -190,14 +190,16 @@ def _first(slot, config, device):
 
 
 def _no_grouped_mm(config, device):
-    """torch's kernel takes bf16 in rows of whole 16 bytes; on CPU it takes anything."""
-    if device.type not in ON_GPU or config.model.moe is None:
+    """torch's operation takes rows of whole 16 bytes, and on CUDA bf16 only."""
+    if config.model.moe is None:
         return None
-    if config.precision.compute != "bf16":
-        return f"on CUDA it takes bf16, found {config.precision.compute}"
+    compute = config.precision.compute
+    if device.type in ON_GPU and compute != "bf16":
+        return f"on CUDA it takes bf16, found {compute}"
     widths = (config.model.hidden_size, config.model.moe.expert_hidden_size // config.parallel.expert_tensor)
-    if any(width % 8 for width in widths):
-        return f"rows of {widths[0]} and {widths[1]} numbers, expected multiples of 8"
+    whole = {"bf16": 8, "fp32": 4}[compute]
+    if any(width % whole for width in widths):
+        return f"rows of {widths[0]} and {widths[1]} numbers, expected multiples of {whole}"
     return None
 
 

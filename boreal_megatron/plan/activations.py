@@ -30,7 +30,8 @@ CUDA, CPU = (True, True), (False, False)  # (triton, cuda)
 class Row:
     """One micro-batch on one rank: what `kept` and `passing` are functions of.
 
-    `documents` are the stretches of the row, `imbalance` what the busiest rank's experts get over the mean.
+    `documents` are the stretches of the row, `imbalance` what the busiest rank's experts get over the mean, `grouped`
+    says whether its experts are one product.
     """
 
     model: object
@@ -42,21 +43,24 @@ class Row:
     recompute: str
     triton: bool
     cuda: bool
+    grouped: bool
     imbalance: float
 
     @classmethod
     def of(cls, config, phase, kernels=CUDA, imbalance=1.0):
-        rule, others = config.kernels.delta_rule, config.kernels.others
+        rule, others, experts = config.kernels.delta_rule, config.kernels.others, config.kernels.experts
+        compute = config.precision.compute
         return cls(
             model=config.model,
             cut=config.parallel,
             T=phase.sequence * config.micro_batch // config.parallel.context,
             bag=phase.bag_size,
             documents=config.micro_batch,
-            e={"fp32": 4, "bf16": 2}[config.precision.compute],
+            e={"fp32": 4, "bf16": 2}[compute],
             recompute=config.recompute,
             triton=kernels[0] and "torch" not in (rule, others),
             cuda=kernels[1],
+            grouped=experts == "grouped_mm" or (kernels[1] and experts == "auto" and compute == "bf16"),
             imbalance=imbalance if config.parallel.expert > 1 else 1.0,
         )
 
@@ -266,10 +270,13 @@ def moe(row):
     """Router, the positions that came to this rank's experts, their SwiGLUs, the shared expert's."""
     m, routed = row.model.moe, row.routed
     width = m.expert_hidden_size // row.cut.expert_tensor
+    experts = mlp(row, routed, width, "expert ")
+    if row.grouped:
+        del experts["expert linear half"]  # only megatron-core's own SwiGLU copies it
     return {
         "router": row.S * (m.experts * (2 * FLOAT + 1 + INDEX) + m.top_k * (2 * INDEX + 2 * FLOAT) + FLOAT),
         "dispatched": row.e * routed * row.model.hidden_size,
-        **mlp(row, routed, width, "expert "),
+        **experts,
         "expert product, weighted": row.e * routed * width,
         **mlp(row, row.T, m.shared_hidden_size // row.cut.tensor, "shared "),
     }
@@ -330,8 +337,8 @@ def dense_passing(row):
 
 
 def moe_passing(row):
-    """The forward pass: positions as permuted, each expert's output, all of them together, the shared expert's."""
-    return 3 * row.e * row.routed * row.model.hidden_size + row.whole
+    """The forward pass: positions as permuted, the experts' output (one by one, and together), the shared expert's."""
+    return (3 - row.grouped) * row.e * row.routed * row.model.hidden_size + row.whole
 
 
 MADE_AGAIN = {  # by `selective`: the output a second time, and its gradient, which is held meanwhile

@@ -103,11 +103,12 @@ def other(pattern, *, windows=2, **changes):
         other("*-GEG-*-/*-", phase={"bag_size": 4}),
         other("*-GEG-*-/*-", precision="fp32"),
         other("GE*E/G-", windows=3),
+        other("GE*E/G-", windows=3, precision="fp32", kernels={"experts": "grouped_mm"}),
         other("*-GEG-*-/*-", recompute="selective"),
         other("*-GEG-*-/*-", recompute="full"),
         other("*-GEG-", precision="fp32", recompute="full", windows=4),
     ],
-    ids=["bags", "FP32", "GDN in MTP", "selective", "full", "FP32, full"],
+    ids=["bags", "FP32", "GDN in MTP", "grouped", "selective", "full", "FP32, full"],
 )
 def test_activations_are_those_of_a_real_step(mesh, config):
     from tests.support.memory_worker import measure
@@ -220,7 +221,7 @@ def ten_billion(*overrides):
 
 
 def test_answers(capsys, tmp_path):
-    config, h100 = ten_billion(), hardware.gpu("h100")
+    config, h100 = ten_billion("recompute=none"), hardware.gpu("h100")
     assert not memory.fits(config, 256, h100)
     found = fit.answer(config, 256, h100, "h100")
     assert found["left"] < 0 and found["phase"] == "context" and 1 <= len(found["nearest"]) <= 3
@@ -228,13 +229,13 @@ def test_answers(capsys, tmp_path):
         assert memory.fits(fit.changed(config, choice["change"]), 256, h100), choice
     tiny = fit.answer(config, 256, h100.model_copy(update={"memory_gib": 8.0}), "tiny")
     assert len(tiny["nearest"]) == 1 and tiny["left"] < tiny["nearest"][0]["left"] < 0  # the nearest there is
-    alone = ten_billion("parallel.expert=1")
+    alone = ten_billion("recompute=none", "parallel.expert=1")
     more = memory.per_rank(alone, 256)["stages"][0]
     less = memory.per_rank(config, 256)["stages"][0]
     assert more["weights"] > 2 * less["weights"] and more["activations"]["moe"] < less["activations"]["moe"]
     assert memory.per_rank(alone, 256)["imbalance"] == 1.0  # a rank with all experts gets all positions
 
-    words = ["plan", "memory", str(ROOT / "examples/configs/boreal_10b_moe.yaml"), "--world", "256"]
+    words = ["plan", "memory", str(ROOT / "examples/configs/boreal_10b_moe.yaml"), "recompute=none", "--world", "256"]
     assert main([*words, "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["left"] == found["left"]
@@ -251,6 +252,20 @@ def test_answers(capsys, tmp_path):
     assert "known: h100, h200; did you mean h" in capsys.readouterr().err
     assert main([*words[:-1], "100"]) == 1
     assert "world=100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "names, world",
+    [
+        (["boreal_250m.yaml"], 8),
+        (["boreal_2b.yaml"], 64),
+        (["boreal_10b_moe.yaml"], 256),
+        (["boreal_10b_moe.yaml", "boreal_10b_moe_context.yaml"], 512),
+    ],
+)
+def test_examples_fit_into_80_gb(names, world):
+    config = load([ROOT / "examples/configs" / name for name in names])
+    assert memory.fits(config, world, hardware.gpu("h100"))
 
 
 def test_plans_start_without_torch():

@@ -60,6 +60,8 @@ def test_a_gpu_takes_the_best_that_is_installed(tmp_path, monkeypatch, nothing_i
     assert names(config_for(tiny_model()), GPU)["experts"] == "sequential"  # fp32: torch's kernel takes bf16
     odd = tiny_model(moe=dict(experts=4, top_k=2, expert_hidden_size=36, shared_hidden_size=32))
     assert "multiples of 8" in provider.chosen(config_for(odd, precision="bf16"), GPU)["experts"].reason
+    with pytest.raises(ProblemsError, match="kernels.experts=grouped_mm: rows of .* multiples of 8"):
+        provider.chosen(config_for(odd, precision="bf16", kernels={"experts": "grouped_mm"}), CPU)
     monkeypatch.undo()
     library(tmp_path, monkeypatch, "transformer_engine/__init__.py", "flash_attn/__init__.py")
     assert names(bf16, GPU) | {"optimizer": 0} == {
