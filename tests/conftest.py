@@ -14,9 +14,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+import torch
+from boreal_kernels import testing
 
 from tests.support.corpus import make_corpus
 from tests.support.launch import write_config
+
+# Kernels run on the GPU where there is one, else Triton interprets them on the CPU: decided before anything imports it.
+if not torch.cuda.is_available():
+    testing.interpret()
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples/quickstart"))
@@ -38,9 +44,9 @@ def config_file(corpus, tmp_path):
     return write_config(tmp_path / "config.yaml", corpus, tmp_path / "run")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mesh():
-    """This process as a world of one."""
+    """This process as a world of one; a command that a test runs in this process leaves it when it is done."""
     from boreal_megatron import parallel
     from boreal_megatron.config.schema import Parallel
     from boreal_megatron.log import quiet

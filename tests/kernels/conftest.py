@@ -1,14 +1,7 @@
-"""Shared by the kernel tests: seeded inputs, gradients by name, memory whose unused parts are NaN.
-
-Kernels run on the GPU where there is one, else Triton interprets them on the CPU.
-"""
+"""Shared by the kernel tests: seeded inputs, gradients by name, memory whose unused parts are NaN."""
 
 import pytest
 import torch
-from boreal_kernels import testing
-
-if not torch.cuda.is_available():
-    testing.interpret()
 
 
 @pytest.fixture

@@ -41,7 +41,8 @@ def bench(corpus, tmp_path_factory, request):
         "piece_tokens": 150,
     }
     config = write_config(folder / "config.yaml", corpus, folder / "run", **layouts.RUN, data=data)
-    asked = [item.callspec.params for item in request.session.items if "bench" in getattr(item, "fixturenames", ())]
+    mine = [item for item in request.session.items if item.path == request.path]
+    asked = [item.callspec.params for item in mine if "bench" in item.fixturenames]
     faults = [p["fault"] for p in asked if "fault" in p]
     pairs = [p["pair"] for p in asked if "pair" in p]
     cells = dict.fromkeys([p["cell"] for p in asked if "cell" in p] + [before for before, _ in pairs])

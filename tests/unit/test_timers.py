@@ -79,9 +79,12 @@ def test_every_second_has_its_kind_and_nothing_else_changes(recompute, corpus, m
     again = SLEEP if recompute == "full" else 0.0
     expected = {kind: micro_batches * (once + again) for kind in ("gdn", "attention", "dense", "moe")}
     # The MTP block embeds, too; its embedding and its projection are recomputed with it.
-    expected |= {"mtp": micro_batches * 2 * (once + again), "heads": micro_batches * 2 * once}
+    # Recomputed, that embedding's backward pass is ready with the main network's, and may run among its half-blocks.
+    late = SLEEP if recompute == "full" else 0.0
+    expected |= {"mtp": micro_batches * (2 * (once + again) - late), "heads": micro_batches * 2 * once}
     # As the kinds add up to the step, none can have another's: what is left is less than one sleep.
-    assert all(kinds[kind] >= least for kind, least in expected.items()), (expected, kinds)
+    short = {kind: (kinds[kind], least) for kind, least in expected.items() if kinds[kind] < least}
+    assert not short
     assert 0 < kinds["optimizer"] and 0 < kinds["data"] and 0 < kinds["communication"]
     names = {span.name for span in spans}
     assert {"forward gdn 3", "backward gdn 3", "backward attention 1", "backward mtp", "backward inputs"} <= names
