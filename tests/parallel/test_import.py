@@ -50,6 +50,7 @@ def test_round_trip_is_bit_equal(original, dtype, tmp_path):
     assert contents(tmp_path / "again") == contents(tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_training_goes_on_at_any_layout(original, tmp_path, capsys):
     """Four updates with a fresh optimizer: equal losses on one process and under tensor parallelism."""
     path, config = original

@@ -23,7 +23,7 @@ def marked(value, name, often):
 
 
 CELLS = [marked(c.name, c.name, c.often) for c in LAYOUTS]
-OFTEN = {"no_sequence_parallel_sum", "mtp_normalised_per_rank", "router_bias_not_reduced", "documents_forgotten_on_later_stages"}
+OFTEN = {"no_sequence_parallel_sum", "documents_forgotten_on_later_stages"}
 FAULTS = [marked(fault, fault, fault in OFTEN) for fault in FAULTY]
 PAIRS = [marked(pair, " to ".join(pair), often) for pair, often in RESHARDS.items()]
 

@@ -111,7 +111,12 @@ def test_full_disk_keeps_the_last_checkpoint(config_file, tmp_path):
     assert (run / store.TRACKER).read_text().strip() == "2"
     assert not (run / "iter_0000004").exists()
     assert "resuming from" in boreal(1, "train", config_file)
-    # The run is at step 5 now; its newest shards lose their end.
+
+
+@pytest.mark.slow
+def test_a_cut_shard_stops_a_run_that_would_resume_from_it(config_file, tmp_path):
+    run = tmp_path / "run"
+    boreal(1, "train", config_file)
     newest = store.latest(run)
     shard = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-5000])

@@ -90,6 +90,17 @@ def test_an_engine_that_differs_is_found_out(folders):
 
 
 @gigatoken
+def test_letters_younger_than_one_of_the_unicode_tables(tmp_path):
+    """U+A7CF (2025) is a letter for gigatoken and none for the reference, which splits around it otherwise."""
+    young = '  "\ua7cf",\n  "\U00016ebb",\n'
+    train_bpe([young * 50, SOURCE], 500, tmp_path)
+    fast, slow = both(tmp_path)
+    assert not np.array_equal(fast.fast.encode(young), slow.encode([young])[0])  # or this test shows nothing
+    assert_same(fast, slow, [young, SOURCE + young, "naïve Ελλάδα 漢字"])
+    assert fast.unlike == {"\ua7cf", "\U00016ebb"} and "ï" in fast.tried
+
+
+@gigatoken
 def test_the_cache_is_given_back(folders, monkeypatch):
     fast, slow = both(folders["plain"])
     first = fast.fast
