@@ -24,7 +24,7 @@ from boreal_megatron.errors import BorealError
 from boreal_megatron.model import boreal
 from boreal_megatron.model.head import Losses
 from boreal_megatron.preflight.parity import part_of_gradient, whole
-from boreal_megatron.plan import flops, hardware
+from boreal_megatron.plan import flops, hardware, memory
 from boreal_megatron.train import checkpoint, step as train_step
 
 # FP8 as the configuration spells it; one that refuses it is a row that says so.
@@ -233,8 +233,6 @@ def timed(bench, part, what, settings):
 def planned(part, what, settings, peak):
     """The planner's figure beside the measured one."""
     try:
-        from boreal_megatron.plan import memory
-
         (stage,) = memory.per_rank(settings, 1)["stages"]
     except Exception as error:  # must not cost what was measured
         return row(part, f"{what}: planned memory", why=f"{type(error).__name__}: {error}")

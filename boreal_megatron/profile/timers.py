@@ -10,7 +10,8 @@ the way back and counts for its kind. Hooks change no value, and they are there 
 
     gdn, attention, dense, moe   half-blocks of the main network, tensor, context and expert exchanges included
     heads                        embedding, rotary angles, final norm, output head, both losses
-    mtp                          the MTP block with its half-blocks and its embedding
+    mtp                          the MTP block with its half-blocks and its embedding (recomputed, that embedding's backward
+                                 pass may run among the main network's half-blocks, and counts there)
     communication                waiting for other pipeline stages; reducing and dividing gradients; summing the loss
     optimizer                    clearing gradients, their norm, clipping, the update
     data                         waiting for batches and copying them to the device
