@@ -48,6 +48,8 @@ def test_speed_is_that_of_the_steps(rows):
         positions, raw = of(rows["bf16"], f"{what}: positions"), of(rows["bf16"], f"{what}: raw tokens")
         assert raw["measured"] == bag * positions["measured"] > 0
         assert positions["status"] == rows_of.NOTE  # a CPU is held to no goal
+        assert of(rows["bf16"], f"{what}: planned memory")["measured"] > 0
+        assert 0 < of(rows["bf16"], f"{what}: share of gdn")["measured"] < 100
         for name in NEEDS_CUDA:
             (r,) = [r for r in rows["bf16"] if r["what"].startswith(f"{what}: {name}")]
             assert r["status"] == rows_of.UNMEASURED
