@@ -40,7 +40,7 @@ BALANCING_BIAS = "expert_bias"  # the router's: saved, but no parameter
 COLUMNS = {
     "parameters": "parameters",
     "weight_bytes": "weights",
-    "gradient_bytes": "FP32 gradients",
+    "gradient_bytes": "gradients",
     "state_bytes": "optimizer state",
 }
 
@@ -204,7 +204,12 @@ def _build(config, world, seats):
         pieces=pieces,
         parameters=sum(p.numel() for p in names),
         weight_bytes=weight_bytes,
-        gradient_bytes=sum(b.grad_data.nbytes for w in wrapped for b in [*w.buffers, *w.expert_parallel_buffers]),
+        gradient_bytes=sum(
+            gradients.nbytes
+            for chunk in wrapped
+            for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
+            for gradients in [buffer.grad_data, *buffer.extra_main_grads]
+        ),
         whole=whole,
         owned=owned,
         state_bytes=state_bytes,

@@ -193,8 +193,10 @@ def _flat(at, value):
 def _plain(config, letters):
     """Problems that no number mends."""
     model = config.model
-    yield from _fp8(config)
+    yield from fp8_problems(config)
     yield from _dispatcher(config)
+    if config.optimizer.gradients == "bf16" and config.precision.compute == "fp32":
+        yield "optimizer.gradients=bf16 with precision.compute=fp32; expected fp32, or bf16 weights to go with it"
     if "E" in letters and model.moe is None:
         yield "model.moe: missing, but model.pattern has E (MoE) blocks; describe the experts or use - (dense)"
     rope = model.attention.rope_dim()
@@ -222,7 +224,8 @@ def _plain(config, letters):
         yield f"phases: names must differ; found {names}"
 
 
-def _fp8(config):
+def fp8_problems(config):
+    """What else than FP8 a configuration asks for that FP8 does not go with."""
     fp8, kernels = config.precision.fp8, config.kernels
     if fp8 is None:
         return

@@ -5,6 +5,7 @@ nest), and what follows `/` is the MTP head's block. A card layer is a mixer hal
 """
 
 import re
+from functools import cache
 
 from boreal_megatron.errors import BorealError
 
@@ -13,6 +14,7 @@ FFNS = "-E"
 REPEAT = re.compile(r"(\d+)\s*x\s*\(")
 
 
+@cache
 def expand(pattern):
     """Writes a pattern out: no spaces, no repeats.
 

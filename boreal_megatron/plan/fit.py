@@ -54,6 +54,7 @@ def candidates(config):
         "parallel.context": doubled(cut.context),
         "parallel.tensor": doubled(cut.tensor),
         "parallel.pipeline": doubled(cut.pipeline),
+        "optimizer.gradients": ["bf16"] if config.optimizer.gradients == "fp32" else [],
     }
 
 

@@ -2,11 +2,13 @@
 
 The fields of a layout are chosen one after another. A rule of `config.rules` that depends on nothing still open is
 looked at at once, so that what is impossible is left with its reason before anything is built on it. What remains is
-ranked by `plan.time`, and `plan.memory` is asked in that order until enough layouts fit.
+ranked by `plan.time`, which is asked only where a bound from below does not decide, and `plan.memory` is asked in that
+order until enough layouts fit.
 """
 
 import contextlib
 import heapq
+import itertools
 from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple
@@ -14,16 +16,19 @@ from typing import NamedTuple
 from boreal_megatron.config import check, phases, rules
 from boreal_megatron.config.rules import CONTEXT, DELTANET, EXPERT, EXPERT_TENSOR, PIPELINE, SEQUENCE_PARALLEL
 from boreal_megatron.config.rules import TENSOR, VIRTUAL, divisors
+from boreal_megatron.config.schema import Precision
 from boreal_megatron.errors import BorealError
 from boreal_megatron.plan import memory, time
 
 RECOMPUTE = ("none", "selective", "full")  # each slower than the one before, and smaller
 SHORTEST, LONGEST = 2048, 32_768  # positions of a micro-batch on one rank; windows alone may be shorter or longer
-WEIGHT_AND_GRADIENT = 6  # bytes of a parameter on its rank, in bf16 and FP32; whatever else there is comes on top
+WEIGHT = 2  # bytes of a parameter on its rank, its gradient comes on top, and whatever else there is
+ROUNDING = 1e-9  # of a sum in another order
 EQUAL = 0.01  # of the time: the model tells no closer ones apart, and the plainer layout comes first
 NOT_TRIED = {
     "precision fp32": "slower than bf16 in every layout: it has no tensor cores",
-    "precision.fp8, parallel.dispatcher, parallel.overlap, kernels": "as the configuration says; write others as overrides",
+    "other recipes of precision.fp8": "the rates tell none from another",
+    "optimizer.gradients, parallel.dispatcher, parallel.overlap, kernels": "as the configuration says; write others as overrides",
     "micro_batch > 1 with context > 1": "a rank would exchange what it can keep",
     f"fewer than {SHORTEST:,} or more than {LONGEST:,} positions on a rank": "too little work, or no faster",
     "expert_tensor other than 1 and tensor": "the experts' ranks would not be those of the row",
@@ -56,16 +61,19 @@ class Candidate(NamedTuple):
 
 
 class Found(NamedTuple):
-    """`best`: layouts that fit, fastest first; `rejected`: a list of Reason; `slower`: how many possible layouts come
-    behind them and were not asked whether they fit."""
+    """`best`: layouts that fit, fastest first; `others`: the fastest that fits in each other precision;
+    `rejected`: a list of Reason; `slower`: how many possible layouts come behind them and were not asked whether they
+    fit."""
 
     best: list
+    others: list
     rejected: list
     slower: int
 
 
 def search(config, world, gpu, top=5, names=None, doublings=4):
-    """The layouts with which a run takes the least time, several phases in one layout.
+    """The layouts with which a run takes the least time, several phases in one layout, and the best of each other
+    precision: that changes what is computed, so it is only shown.
 
     Args:
         config: `config.schema.Config`; its layout, micro_batch and recompute are replaced.
@@ -80,40 +88,67 @@ def search(config, world, gpu, top=5, names=None, doublings=4):
     Raises:
         BorealError: no layout can run (it names the nearest numbers of GPUs on which one can), or none fits.
     """
-    rejected, queue, known = {}, [], {}
-    for number, candidate in enumerate(_possible(config, world, gpu, rejected)):
-        _push(queue, number, candidate, world, gpu, known, names)
-    if not queue:
+    rejected, queue, smallest = {}, [], None
+    costs = Costs(config, world, gpu, names)
+    best = {precision: [] for precision in precisions(config, rejected)}
+    wanted = {precision: top if precision == config.precision else 1 for precision in best}
+    tickets = itertools.count()
+
+    def consider(run):
+        """Queues a layout by its bound; whoever comes first has its time looked at, and comes again with that."""
+        heapq.heappush(queue, (costs.at_least(run), next(tickets), run, None))
+
+    for run in _possible(config, world, gpu, rejected, list(best)):
+        consider(run)
+    if not any(run.precision == config.precision for _, _, run, _ in queue):
         raise BorealError(_impossible(config, world, gpu, rejected))
-    best, smallest = [], None
-    while queue and len(best) < top:
-        _, number, candidate = heapq.heappop(queue)
-        if problems := check.problems(candidate.config, world):  # those that are no rule between numbers
-            _note(rejected, "check", lambda: (problems[0], fields(candidate.config)))
+    while queue and any(len(best[p]) < wanted[p] for p in best):
+        _, ticket, run, candidate = heapq.heappop(queue)
+        if len(best[run.precision]) == wanted[run.precision]:
             continue
-        needs = WEIGHT_AND_GRADIENT * candidate.estimates[0].parameters
+        if candidate is None:
+            candidate = costs.estimate(run)
+            heapq.heappush(queue, (candidate.seconds, ticket, run, candidate))
+            continue
+        if problems := check.problems(run, world):  # those that are no rule between numbers
+            _note(rejected, "check", lambda: (problems[0], fields(run)))
+            continue
+        needs = (WEIGHT + (4 if run.optimizer.gradients == "fp32" else 2)) * candidate.estimates[0].parameters
         whole = needs <= gpu.memory_gib * memory.GIB
         if whole:
-            counted = candidate.config.model_copy(update={"phases": named(candidate.config, names)})
-            needs = memory.needed(memory.per_rank(counted, world))
+            needs = memory.needed(memory.per_rank(run.model_copy(update={"phases": costs.phases}), world))
         if needs <= gpu.memory_gib * memory.GIB:
-            best.append(candidate._replace(bytes=needs))
+            best[run.precision].append(candidate._replace(bytes=needs))
             continue
         smallest = min(smallest or needs, needs)
         text = f"needs {needs / memory.GIB:.1f} GiB on its fullest rank, a GPU has {gpu.memory_gib}"
-        _note(rejected, "memory", lambda: (text, fields(candidate.config)))
-        again = RECOMPUTE.index(candidate.config.recompute) + 1
+        _note(rejected, "memory", lambda: (text, fields(run)))
+        again = RECOMPUTE.index(run.recompute) + 1
         if whole and again < len(RECOMPUTE):
-            smaller = candidate.config.model_copy(update={"recompute": RECOMPUTE[again]})
-            _push(queue, number, smaller, world, gpu, known, names)
-    if not best:
+            consider(run.model_copy(update={"recompute": RECOMPUTE[again]}))
+    mine = best.pop(config.precision)
+    if not mine:
         raise BorealError(
             f"no layout for {world} GPUs fits into {gpu.memory_gib} GiB; the smallest needs "
             f"{smallest / memory.GIB:.1f} GiB on its fullest rank: {_enough(config, world, gpu, names, doublings)}"
         )
-    close = [c for c in best if c.seconds <= (1 + EQUAL) * best[0].seconds]
-    best = sorted(close, key=Candidate.plainness) + best[len(close) :]
-    return Found(best, list(rejected.values()), len(queue))
+    close = [c for c in mine if c.seconds <= (1 + EQUAL) * mine[0].seconds]
+    mine = sorted(close, key=Candidate.plainness) + mine[len(close) :]
+    return Found(mine, [c for found in best.values() for c in found], list(rejected.values()), len(queue))
+
+
+def precisions(config, rejected):
+    """The configuration's own `config.schema.Precision`, and bf16 without FP8 and with it where that can be; what
+    cannot is noted."""
+    own = config.precision
+    found = {own.compute + bool(own.fp8) * " fp8": own}
+    for fp8 in (None, "tensorwise"):
+        other = Precision(compute="bf16", fp8=fp8)
+        if problem := next(check.fp8_problems(config.model_copy(update={"precision": other})), None):
+            _note(rejected, "precision", lambda: (problem, {}))
+        else:
+            found.setdefault("bf16" + bool(fp8) * " fp8", other)
+    return list(found.values())
 
 
 def fields(config):
@@ -125,20 +160,42 @@ def fields(config):
     }
 
 
-def estimate(config, world, gpu, known=None, names=None):
-    """A Candidate of a configuration as it is; the arguments are those of `search`."""
-    known = {} if known is None else known
-    shapes, estimates, seconds = {}, [], 0.0
-    counted = named(config, names)
-    for span in phases.spans(config.phases):
-        if span.phase not in counted:
-            continue
-        shape = span.phase.sequence, span.phase.positions_per_step
-        if shape not in shapes:
-            shapes[shape] = time.step(config, span.phase, world, gpu, known=known.setdefault(shape[0], {}))
-        estimates.append(shapes[shape])
-        seconds += span.steps * shapes[shape].seconds
-    return Candidate(config, seconds, tuple(estimates))
+class Costs:
+    """What layouts of a run cost, with what they have in common kept.
+
+    Args:
+        as those of `search`.
+
+    Attributes:
+        phases: those that count.
+    """
+
+    def __init__(self, config, world, gpu, names=None):
+        self.phases, self.world, self.gpu = named(config, names), world, gpu
+        spans = [span for span in phases.spans(config.phases) if span.phase in self.phases]
+        self.shapes = [(span.phase.sequence, span.phase.positions_per_step) for span in spans]
+        self.steps = dict.fromkeys(self.shapes, 0)
+        for shape, span in zip(self.shapes, spans, strict=True):
+            self.steps[shape] += span.steps
+        self.example = {shape: span.phase for shape, span in zip(self.shapes, spans, strict=True)}
+        self.known = {sequence: {} for sequence, _ in self.shapes}
+
+    def estimate(self, config):
+        """A Candidate of a configuration as it is."""
+        found = self._each(time.step, config)
+        seconds = sum(steps * found[shape].seconds for shape, steps in self.steps.items())
+        return Candidate(config, seconds, tuple(found[shape] for shape in self.shapes))
+
+    def at_least(self, config):
+        """A bound from below of its seconds."""
+        found = self._each(time.at_least, config)
+        return (1 - ROUNDING) * sum(steps * found[shape] for shape, steps in self.steps.items())
+
+    def _each(self, function, config):
+        return {
+            shape: function(config, phase, self.world, self.gpu, known=self.known[phase.sequence])
+            for shape, phase in self.example.items()
+        }
 
 
 def named(config, names):
@@ -151,11 +208,6 @@ def named(config, names):
     if wrong := [name for name in names or () if name not in known]:
         raise BorealError(f"no phase is called {', '.join(wrong)}; the run has: {', '.join(known)}")
     return tuple(phase for phase in config.phases if not names or phase.name in names)
-
-
-def _push(queue, number, config, world, gpu, known, names):
-    candidate = estimate(config, world, gpu, known, names)
-    heapq.heappush(queue, (candidate.seconds, (number, config.recompute), candidate))
 
 
 def _enough(config, world, gpu, names, doublings):
@@ -172,23 +224,27 @@ def _impossible(config, world, gpu, rejected):
     first = max(rejected.values(), key=lambda reason: reason.layouts).text if rejected else "no layout divides it"
     near = []
     for distance in range(1, world + 1):
-        near += [n for n in (world - distance, world + distance) if n > 0 and any(_possible(config, n, gpu, {}))]
+        worlds = (n for n in (world - distance, world + distance) if n > 0)
+        near += [n for n in worlds if any(_possible(config, n, gpu, {}, [config.precision]))]
         if near:
             break
     return f"no layout for {world} GPUs: {first}; nearest number of GPUs that has one: {', '.join(map(str, near))}"
 
 
-def _possible(config, world, gpu, rejected):
+def _possible(config, world, gpu, rejected, precisions):
     """Configurations of all layouts that no rule forbids."""
     plain = config.parallel.model_copy(update={"pipeline_layers": None})
     values = check.values_of(config.model_copy(update={"parallel": plain}), world)
     table = [rule for rule in rules.table(len(config.phases)) if values.has(rule)]
-    for chosen in _choose(values, {}, table, list(_choices(config, world, gpu)), rejected):
+    fp8 = list(dict.fromkeys(precision.fp8 for precision in precisions))
+    choices = [(rules.FP8, lambda v: fp8), *_choices(config, world, gpu)]
+    undecided = [(rule, {rules.FP8}) for rule in table]
+    for chosen in _choose(values, {}, undecided, choices, rejected):
         cut = {name.partition(".")[2]: value for name, value in chosen.items() if name.startswith("parallel.")}
-        parallel = plain.model_copy(update=cut)
-        yield config.model_copy(
-            update={"parallel": parallel, "micro_batch": chosen["micro_batch"], "recompute": RECOMPUTE[0]}
-        )
+        changes = {"parallel": plain.model_copy(update=cut), "micro_batch": chosen["micro_batch"]}
+        for precision in precisions:
+            if precision.fp8 == chosen[rules.FP8]:
+                yield config.model_copy(update=changes | {"recompute": RECOMPUTE[0], "precision": precision})
 
 
 def _choices(config, world, gpu):
@@ -210,8 +266,9 @@ def _choices(config, world, gpu):
     yield EXPERT_TENSOR, lambda v: sorted({1, v[TENSOR]}) if "E" in letters else [1]
 
 
-def _choose(values, chosen, open_rules, choices, rejected):
-    """All ways to go on: {field: value} of what breaks no rule."""
+def _choose(values, chosen, undecided, choices, rejected):
+    """All ways to go on: {field: value} of what breaks no rule. `undecided` are (rule, fields that it was seen to depend
+    on); as long as those keep their values it depends on no other."""
     if not choices:
         yield chosen
         return
@@ -220,9 +277,11 @@ def _choose(values, chosen, open_rules, choices, rejected):
     for value in options(values):
         mine, with_it = values.but(field, value), chosen | {field: value}
         left, broken = [], None
-        for rule in open_rules:
-            if mine.depends(rule) & unset:
-                left.append(rule)
+        for rule, fields in undecided:
+            if field in fields:
+                fields = mine.depends(rule)
+            if fields & unset:
+                left.append((rule, fields))
             elif not mine.holds(rule):
                 broken = rule
                 break

@@ -18,12 +18,14 @@ KIND = {"*": "attention", "G": "gdn", "-": "dense", "E": "moe"}
 IMBALANCE = 1.25  # what the busiest rank's experts get, over the mean; exactly 1 where a rank has all experts
 LIBRARIES = 3 * GIB // 2  # CUDA context, kernels, cuBLAS workspaces
 COMMUNICATOR = GIB // 2  # NCCL's buffers of one process group of several ranks
+FP8_COPIES = 2  # bytes of a weight: Transformer Engine keeps it in FP8, by rows and transposed
 FRAGMENTS = 0.05  # of the activations: what torch's allocator has and cannot give
 
 EXPLAIN = f"""\
 Bytes of the fullest rank of each pipeline stage, in the phase that needs most; GiB of 2^30 bytes.
-  weights, gradients, optimizer   exact, megatron-core's padding included: FP32 gradients and moments, an FP32 master of
-                     bf16 weights; optimizer.distributed shards the state over the data-parallel ranks
+  weights, gradients, optimizer   exact, megatron-core's padding included: gradients in optimizer.gradients (those of
+                     embedding and head also in FP32), FP32 moments, an FP32 master of bf16 weights;
+                     optimizer.distributed shards the state over the data-parallel ranks
   activations        what autograd keeps of one micro-batch, tensor by tensor, by kind of half-block; `ends` are embedding,
                      rotary table and final norm, `losses` the gradients of hidden states, computed with the loss
   in flight          micro-batches whose backward pass is still to come at the fullest moment (1F1B; interleaved: a chunk
@@ -35,7 +37,8 @@ Bytes of the fullest rank of each pipeline stage, in the phase that needs most; 
   ~ imbalance        --imbalance, positions of the busiest rank's experts over the mean
   ~ logits           Triton's loss takes its budget of {activations.LOSS_BUDGET / 1e6:.0f} MB, or all rows where they are less
   ~ reserved         {LIBRARIES / GIB:.1f} GiB CUDA context and libraries, {COMMUNICATOR / GIB:.1f} GiB a process group (NCCL), and
-                     {FRAGMENTS:.0%} of the activations lost to fragmentation"""
+                     {FRAGMENTS:.0%} of the activations lost to fragmentation; in FP8 also {FP8_COPIES} bytes of each weight that
+                     it computes with (activations are counted in bf16, which is more than FP8 keeps)"""
 
 
 class Chunk(NamedTuple):
@@ -89,6 +92,7 @@ def _phase(config, world, phase, held, imbalance, kernels):
     for rank, (state, cut) in enumerate(zip(held, shards.chunks(config), strict=True)):
         chunks = [_chunk(row, *chunk) for chunk in cut]
         peak, kept, in_flight = fullest(chunks, row, rank, count)
+        copies = FP8_COPIES * sum(shards.fp8_elements(config, *chunk) for chunk in cut)
         kinds = {}
         for kind, size in (item for chunk in chunks for item in chunk.kinds.items()):
             kinds[kind] = kinds.get(kind, 0) + size
@@ -98,7 +102,7 @@ def _phase(config, world, phase, held, imbalance, kernels):
             "optimizer": state["optimizer"][1],
             "peak": peak,
             "buffers": row.whole if config.parallel.sequence_parallel else 0,
-            "reserved": reserved(config, world) + int(FRAGMENTS * peak),
+            "reserved": reserved(config, world) + int(FRAGMENTS * peak) + copies,
         }
         stages.append(
             {
@@ -129,6 +133,8 @@ def _chunk(row, letters, first, last):
     _, mtp = expand(row.model.pattern)
     rotary = activations.FLOAT * row.T * row.model.attention.rope_dim()
     kinds, most = {"ends": rotary}, 0
+    kept = {letter: activations.kept(row, letter) for letter in set(letters)}
+    passing = {letter: activations.passing(row, letter) for letter in set(letters)}
 
     def keep(kind, tensors):
         kinds[kind] = kinds.get(kind, 0) + sum(tensors.values())
@@ -142,11 +148,11 @@ def _chunk(row, letters, first, last):
         moment(activations.embedding_passing(row))
     if row.recompute == "full":  # the inputs of all half-blocks stay until the last of them is done
         for letter in letters:
-            keep(KIND[letter], activations.kept(row, letter))
+            keep(KIND[letter], kept[letter])
     for letter in letters:
         if row.recompute != "full":
-            keep(KIND[letter], activations.kept(row, letter))
-        moment(activations.passing(row, letter))
+            keep(KIND[letter], kept[letter])
+        moment(passing[letter])
     if last:
         keep("ends", activations.norm(row, "final norm", row.S, row.model.hidden_size))
         if mtp:

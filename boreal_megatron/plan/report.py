@@ -18,12 +18,17 @@ def report(found, counted, world, gpu, bag):
             in superposition, to compare with; None: no comparison.
 
     Returns:
-        dict: `layouts` (fastest first: fields, step times and terms of each phase, memory), `run` (days and GPU-hours),
-        `rejected`, `not_tried`, `slower`, `assumed` (the rates that nobody has measured or published).
+        dict: `precision`, `layouts` (fastest first: fields, step times and terms of each phase, memory),
+        `other_precisions` (the fastest layout of each), `run` (days and GPU-hours), `rejected`, `not_tried`, `slower`,
+        `assumed` (the rates that nobody has measured or published).
     """
     return {
         "gpus": world,
+        "precision": str(found.best[0].config.precision),
         "layouts": [_layout(candidate, counted) for candidate in found.best],
+        "other_precisions": [
+            {"precision": str(candidate.config.precision), **_layout(candidate, counted)} for candidate in found.others
+        ],
         "run": run(found.best[0], counted, world, bag),
         "rejected": [vars(reason) for reason in found.rejected],
         "not_tried": layouts.NOT_TRIED,
@@ -72,15 +77,15 @@ def table(answer):
     widths = f"{'layout':<44}{'micro':>6} {'recompute':<10}{'GiB':>6}"
     lines = []
     for (sequence, positions), number in shapes.items():
-        lines.append(f"windows of {sequence:,}, {positions:,} positions a step, {answer['gpus']} GPUs")
+        step = steps[number]
+        lines.append(
+            f"windows of {sequence:,}, {positions:,} positions a step, {answer['gpus']} GPUs, {answer['precision']}"
+        )
         lines.append(f"{widths}{'s/step':>9}{'pos/s/GPU':>11}{'TFLOP/s':>9}{'MFU':>7}")
-        for row in answer["layouts"]:
-            step = row["steps"][number]
-            lines.append(
-                f"{_words(row['parallel'], answer['gpus']):<44}{row['micro_batch']:>6} {row['recompute']:<10}"
-                f"{row['memory_gib']:>6.1f}{step['seconds']:>9.3f}{step['positions_per_second_per_gpu']:>11,.0f}"
-                f"{step['teraflops']:>9.0f}{step['mfu']:>7.1%}"
-            )
+        lines += [_line(row, number, answer["gpus"]) for row in answer["layouts"]]
+        for row in answer["other_precisions"]:
+            gain = step["seconds"] / row["steps"][number]["seconds"]
+            lines += [f"with precision {row['precision']}, {gain:.2f} times the first's rate", _line(row, number, answer["gpus"])]
         lines.append("")
     made = answer["run"]
     lines.append(f"{made['raw_tokens']:,} raw tokens with the first: {_days(made)}")
@@ -92,6 +97,15 @@ def table(answer):
     kind = f"calibrated ({', '.join(answer['factors'])})" if answer["factors"] else "not calibrated on a run"
     lines += ["", f"Predicted, {kind}; assumed rates: {', '.join(answer['assumed'])}."]
     return "\n".join(lines)
+
+
+def _line(row, number, world):
+    step = row["steps"][number]
+    return (
+        f"{_words(row['parallel'], world):<44}{row['micro_batch']:>6} {row['recompute']:<10}"
+        f"{row['memory_gib']:>6.1f}{step['seconds']:>9.3f}{step['positions_per_second_per_gpu']:>11,.0f}"
+        f"{step['teraflops']:>9.0f}{step['mfu']:>7.1%}"
+    )
 
 
 def _words(parallel, world):

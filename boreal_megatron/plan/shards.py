@@ -14,17 +14,21 @@ from boreal_megatron.config.layout import padded_vocab, stage_pattern
 from boreal_megatron.config.pattern import expand
 
 START, END = 64, 128  # elements: what a parameter begins at, and a bucket ends at, with the distributed optimizer
-GRADIENT = 4  # bytes an element: gradients are summed in FP32
-MOMENTS, MASTER = 8, 4
+MOMENTS, MASTER = 8, 4  # bytes an element
+FP32, BF16 = 4, 2
 
 
 class Weight(NamedTuple):
-    """One parameter of a rank: `elements` of it there. `alone` has a bucket of its own: it is tied across stages."""
+    """One parameter of a rank: `elements` of it there. `alone` has a bucket of its own: it is tied across stages.
+    `rows` of the vocabulary have their gradient added up in FP32, beside a bf16 buffer if that is what the run has.
+    `product`: FP8 computes with it, where the run has FP8."""
 
     elements: int
     fp32: bool = False
     expert: bool = False
     alone: bool = False
+    rows: bool = False
+    product: bool = False
 
 
 def chunks(config):
@@ -44,19 +48,20 @@ def weights(config, letters, first, last):
     several, tied = cut.pipeline > 1, model.tie_embeddings
     found = []
     if first or (last and mtp):
-        found.append(Weight(rows, alone=several and (tied or bool(mtp))))
+        found.append(Weight(rows, alone=several and (tied or bool(mtp)), rows=True))
+    blocks = {letter: half_block(model, cut, letter) for letter in set(letters)}
     for letter in letters:
-        found += half_block(model, cut, letter)
+        found += blocks[letter]
     if last:
         found.append(Weight(h))
         if mtp:
-            found += [Weight(h), Weight(h), Weight(2 * h * h // cut.tensor)]
+            found += [Weight(h), Weight(h), Weight(2 * h * h // cut.tensor, product=True)]
             for letter in mtp:
                 found += half_block(model, cut, letter)
             found.append(Weight(h))
         if not tied or (several and not mtp):
-            found.append(Weight(rows, alone=tied))
-    return [weight._replace(fp32=weight.fp32 or config.precision.compute == "fp32") for weight in found]
+            found.append(Weight(rows, alone=tied, rows=True))
+    return found if config.precision.compute == "bf16" else [weight._replace(fp32=True) for weight in found]
 
 
 def half_block(model, cut, letter):
@@ -66,23 +71,36 @@ def half_block(model, cut, letter):
     if letter == "*":
         a = model.attention
         heads, both = a.heads * a.head_dim, 2 * (a.heads + a.kv_heads) * a.head_dim
-        return [*found, Weight(heads * h // tensor), Weight(both * h // tensor), Weight(a.head_dim), Weight(a.head_dim)]
+        return [*found, *products(heads * h // tensor, both * h // tensor), Weight(a.head_dim), Weight(a.head_dim)]
     if letter == "G":
         g = model.gdn
         keys, values = g.key_heads * g.head_dim, g.value_heads * g.head_dim
         gates = Weight(g.value_heads // tensor, fp32=True)  # A_log and dt_bias
         projection = (2 * keys + 2 * values + 2 * g.value_heads) * h // tensor
         convolution = (2 * keys + values) * g.conv_width // tensor
-        rest = (projection, values * h // tensor, convolution, g.head_dim)
-        return [*found, gates, gates, *map(Weight, rest)]
+        rest = Weight(convolution), Weight(g.head_dim)
+        return [*found, gates, gates, *products(projection, values * h // tensor), *rest]
     if letter == "-":
-        return [*found, Weight(2 * model.ffn_hidden_size * h // tensor), Weight(model.ffn_hidden_size * h // tensor)]
+        return [*found, *products(2 * model.ffn_hidden_size * h // tensor, model.ffn_hidden_size * h // tensor)]
     m = model.moe
     found.append(Weight(m.experts * h, fp32=True))
     expert = m.expert_hidden_size * h // cut.expert_tensor
     found += [Weight(2 * expert, expert=True), Weight(expert, expert=True)] * (m.experts // cut.expert)
     shared = m.shared_hidden_size * h // tensor
-    return [*found, Weight(2 * shared), Weight(shared)]
+    return [*found, *products(2 * shared, shared)]
+
+
+def products(*elements):
+    return [Weight(each, product=True) for each in elements]
+
+
+def fp8_elements(config, letters, first, last):
+    """Elements of one chunk's weights that FP8 computes with."""
+    if config.precision.fp8 is None:
+        return 0
+    experts = config.kernels.experts == "te"
+    mine = weights(config, letters, first, last)
+    return sum(w.elements for w in mine if w.product or (w.expert and experts))
 
 
 def held(config, world):
@@ -102,14 +120,16 @@ def held(config, world):
                     size = MOMENTS + (0 if fp32 else MASTER)
                     owned = experts if expert else dense
                     elements, shares = buffer(group, len(owned), config.optimizer.distributed)
-                    gradients += GRADIENT * elements
+                    narrow = config.optimizer.gradients == "bf16" and not fp32
+                    gradients += (BF16 if narrow else FP32) * elements
+                    gradients += narrow * FP32 * sum(w.elements for w in group if w.rows)
                     for rank, share in enumerate(shares):
                         owned[rank] += share * size
         # The order of ranks: tensor, context, data; for experts their tensor, expert, data; then pipeline stages.
         both = {dense[i // cut.tensor] + experts[i // (cut.expert * cut.expert_tensor)] for i in range(ranks)}
         found.append(
             {
-                "weights": sum(w.elements * (4 if w.fp32 else 2) for chunk in mine for w in chunk),
+                "weights": sum(w.elements * (FP32 if w.fp32 else BF16) for chunk in mine for w in chunk),
                 "gradients": gradients,
                 "optimizer": (min(both), max(both)),
             }

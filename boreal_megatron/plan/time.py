@@ -41,7 +41,7 @@ NOT_MODELLED = (
     "evaluation, checkpoints, failures"
 )
 UPDATE = 30  # bytes of a parameter: gradient, master weight and two moments in FP32, read and written; weight in bf16
-BUFFERS = 12  # bytes of a local parameter: its FP32 gradient is cleared, and divided by the targets
+BUFFERS = 3  # times a local gradient's bytes: it is cleared, and divided by the targets
 
 
 class Term(NamedTuple):
@@ -103,24 +103,21 @@ def step(config, phase, world, gpu, software=None, known=None):
             "this GPU has no rates; copy the section `rates` of h100 in plan/hardware.yaml to its entry and change it"
         )
     cut = config.parallel
-    software = software or software_of(config)
-    stage, rank = _stage_work(config, phase.sequence, gpu, software, {} if known is None else known)
-    micro_batches = phase.positions_per_step // (phase.sequence * config.micro_batch * check.data_size(config, world))
-    chunks = [[stage(letters) for letters in mine] for mine in _letters(config)]
-    held = _held(config.model, cut, chunks)
-    totals = [sum(chunk.seconds for chunk in mine) for mine in chunks]
+    work = _work_of(config, phase.sequence, gpu, software or software_of(config), {} if known is None else known)
+    rank, micro_batches = work.rank, _micro_batches(config, phase, world)
+    chunks = _letters(config)
+    held = _held(config.model, cut, [[work.parameters(letters) for letters in mine] for mine in chunks])
+    totals = [sum(map(work.seconds, mine)) for mine in chunks]
     slowest = max(range(cut.pipeline), key=totals.__getitem__)
-    terms = Counter()
-    for chunk in chunks[slowest]:
-        terms.update(chunk.work)
+    terms = dict(work.terms("".join(chunks[slowest])))
     if cut.pipeline > 1 and cut.virtual_pipeline == 1:
         terms["pipeline_communication", "communication"] = rank.factor("communication") * 2 * _neighbour(rank, world)
-    terms = Counter({key: micro_batches * seconds for key, seconds in terms.items()})
-    terms.update(_once(config, rank, world, max(held, key=sum)))
+    terms = {key: micro_batches * seconds for key, seconds in terms.items()}
+    terms |= _once(config, rank, world, max(held, key=sum))
     terms["bubble", "communication"] = (sum(totals) - totals[slowest]) / cut.virtual_pipeline
-    terms["host", "idle"] = gpu.factors.get("idle", 0.0) * terms.total()
+    terms["host", "idle"] = gpu.factors.get("idle", 0.0) * sum(terms.values())
     return Estimate(
-        seconds=terms.total(),
+        seconds=sum(terms.values()),
         terms=tuple(Term(*key, seconds) for key, seconds in terms.items() if seconds),
         positions=phase.positions_per_step,
         world=world,
@@ -130,18 +127,21 @@ def step(config, phase, world, gpu, software=None, known=None):
     )
 
 
-class Chunk(NamedTuple):
-    """One stage of the network on one rank: {(term, kind): seconds of a micro-batch}, their sum, its parameters."""
+def at_least(config, phase, world, gpu, known=None):
+    """A bound from below of `step`'s seconds, which costs a hundredth: pipeline ranks alike, and nothing once a step.
 
-    work: dict
-    seconds: float
-    dense: int
-    experts: int
+    A slowest rank of s seconds gives m s + (whole - s) / virtual_pipeline, which is least where s is whole / pipeline.
+    """
+    cut = config.parallel
+    work = _work_of(config, phase.sequence, gpu, software_of(config), {} if known is None else known)
+    share = 1 / cut.pipeline
+    micro_batches = _micro_batches(config, phase, world)
+    return work.seconds(_whole(config.model.pattern)) * (micro_batches * share + (1 - share) / cut.virtual_pipeline)
 
 
 def _held(model, cut, chunks):
     """(dense, experts' parameters) that each pipeline rank has; norms count as if tensor parallelism cut them."""
-    held = [[sum(c.dense for c in mine), sum(c.experts for c in mine)] for mine in chunks]
+    held = [[sum(dense for dense, _ in mine), sum(experts for _, experts in mine)] for mine in chunks]
     embedding = layout.padded_vocab(model) * model.hidden_size // cut.tensor
     held[0][0] += embedding
     if not model.tie_embeddings or cut.pipeline > 1:
@@ -152,6 +152,16 @@ def _held(model, cut, chunks):
 @cache
 def _flops(model, sequence):
     return sum(flops.training(model, sequence).values())
+
+
+def _micro_batches(config, phase, world):
+    return phase.positions_per_step // (phase.sequence * config.micro_batch * check.data_size(config, world))
+
+
+@cache
+def _whole(pattern):
+    """The whole network as one chunk."""
+    return _stages(pattern, 1, 1, None)[0]
 
 
 def _letters(config):
@@ -169,53 +179,94 @@ def _stages(pattern, pipeline, virtual_pipeline, pipeline_layers):
     return (*stages[:-1], f"{stages[-1]}/{mtp}")
 
 
-def _stage_work(config, sequence, gpu, software, known):
-    """(letters of a stage -> Chunk; the Rank behind it).
-
-    Layouts that differ in their pipeline or world only have these in common.
-    """
+def _work_of(config, sequence, gpu, software, known):
+    """The _Work of a layout; those that differ in their pipeline or world only have one."""
     cut = config.parallel
-    key = (cut.tensor, cut.context, cut.context_deltanet, cut.expert, cut.expert_tensor, cut.sequence_parallel)
-    key = (*key, config.micro_batch, config.recompute)
-    if key in known:
-        return known[key]
-    rank = Rank(config, sequence, gpu, software)
-
-    def seconds(piece):
-        again = config.recompute == "full" or (config.recompute == "selective" and piece.selective)
-        return piece.forward * (1 + again) + piece.backward
-
-    @cache
-    def half_block(letter):
-        return [(piece.name, piece.kind, rank.factor(piece.kind) * seconds(piece)) for piece in rank.half_block(letter)]
-
-    @cache
-    def stage(letters):
-        main, last, mtp = letters.partition("/")
-        found = Counter()
-        for letter, blocks in Counter(main).items():
-            for name, kind, each in half_block(letter):
-                found[name, kind] += blocks * each
-        for letter in mtp:
-            for name, _, each in half_block(letter):
-                found[name, "mtp"] += each
-        if mtp:
-            join = rank.mtp_join()
-            found[join.name, join.kind] += rank.factor("mtp") * (join.forward + join.backward)
-        if last:
-            head = rank.head(layout.padded_vocab(config.model))
-            found[head.name, head.kind] += (1 + bool(mtp)) * rank.factor("heads") * (head.forward + head.backward)
-        return Chunk(found, found.total(), *_parameters(rank, main + mtp, mtp))
-
-    known[key] = stage, rank
+    plain = (cut.tensor, cut.sequence_parallel, cut.context, cut.context_deltanet, config.micro_batch)
+    plain = (*plain, config.recompute, config.precision.compute, config.precision.fp8)
+    key = (*plain, cut.expert, cut.expert_tensor)
+    if key not in known:
+        known[key] = _Work(Rank(config, sequence, gpu, software), config.recompute, known.setdefault(plain, {}))
     return known[key]
 
 
-def _parameters(rank, letters, mtp):
-    """(dense, experts') parameters of a stage's half-blocks, and of the MTP head's projection."""
-    each = [rank.parameters(letter) for letter in letters]
-    join = 2 * rank.model.hidden_size**2 // rank.cut.tensor if mtp else 0
-    return sum(dense for dense, _ in each) + join, sum(experts for _, experts in each)
+class _Work:
+    """What chunks of the network cost one rank, for each micro-batch. Letters of the network's last chunk end with `/`
+    and the MTP head's.
+
+    Args:
+        rank: `work.Rank`.
+        recompute: as in the configuration.
+        half_blocks: a dict for those that expert parallelism leaves alone.
+    """
+
+    def __init__(self, rank, recompute, half_blocks):
+        self.rank, self.recompute = rank, recompute
+        self._plain, self._own, self._seconds, self._terms, self._parameters = half_blocks, {}, {}, {}, {}
+
+    def seconds(self, letters):
+        if letters not in self._seconds:
+            main, last, mtp = letters.partition("/")
+            found = sum(blocks * self._half_block(letter)[1] for letter, blocks in Counter(main).items())
+            found += sum(self._half_block(letter)[1] for letter in mtp)
+            self._seconds[letters] = found + sum(seconds for *_, seconds in self._ends(last, mtp))
+        return self._seconds[letters]
+
+    def terms(self, letters):
+        """{(term, kind): seconds}."""
+        if letters not in self._terms:
+            self._terms[letters] = self._sum(*letters.partition("/"))
+        return self._terms[letters]
+
+    def _sum(self, main, last, mtp):
+        found = Counter()
+        for letter, blocks in Counter(main).items():
+            for name, kind, seconds in self._half_block(letter)[0]:
+                found[name, kind] += blocks * seconds
+        for letter in mtp:
+            for name, _, seconds in self._half_block(letter)[0]:
+                found[name, "mtp"] += seconds
+        for name, kind, seconds in self._ends(last, mtp):
+            found[name, kind] += seconds
+        return found
+
+    def parameters(self, letters):
+        """(dense, experts') of a chunk's half-blocks, and of the MTP head's projection."""
+        if letters not in self._parameters:
+            main, _, mtp = letters.partition("/")
+            each = [(blocks, *self._half_block(letter)[2]) for letter, blocks in Counter(main + mtp).items()]
+            join = 2 * self.rank.model.hidden_size**2 // self.rank.cut.tensor if mtp else 0
+            dense = sum(blocks * mine for blocks, mine, _ in each) + join
+            self._parameters[letters] = dense, sum(blocks * experts for blocks, _, experts in each)
+        return self._parameters[letters]
+
+    def _half_block(self, letter):
+        """([(term, kind, seconds)], seconds together, its parameters)."""
+        kept = self._own if letter == "E" else self._plain
+        if letter not in kept:
+            pieces = [
+                (piece.name, piece.kind, self.rank.factor(piece.kind) * self._passes(piece))
+                for piece in self.rank.half_block(letter)
+            ]
+            kept[letter] = pieces, sum(seconds for *_, seconds in pieces), self.rank.parameters(letter)
+        return kept[letter]
+
+    def _passes(self, piece):
+        again = self.recompute == "full" or (self.recompute == "selective" and piece.selective)
+        return piece.forward * (1 + again) + piece.backward
+
+    def _ends(self, last, mtp):
+        """(term, kind, seconds) of the heads, which are not recomputed; the MTP head's projection goes with its kind."""
+        if not last:
+            return []
+        if mtp not in self._plain:
+            heads = [self.rank.head(layout.padded_vocab(self.rank.model))] * (1 + bool(mtp))
+            pieces = [self.rank.mtp_join(), *heads] if mtp else heads
+            self._plain[mtp] = [
+                (piece.name, piece.kind, self.rank.factor(piece.kind) * (piece.forward + piece.backward))
+                for piece in pieces
+            ]
+        return self._plain[mtp]
 
 
 def _neighbour(rank, world):
@@ -240,8 +291,8 @@ def _once(config, rank, world, elements):
                 gathered = rank.dtype * received
                 found["parameter_gather", "optimizer"] += seen * rank.exchange(gathered, size, stride)
             update = UPDATE * held / (size if sharded else 1)
-            found["optimizer", "optimizer"] += rank.memory(update + BUFFERS * held)
+            found["optimizer", "optimizer"] += rank.memory(update + BUFFERS * rank.software.gradient_bytes * held)
     if cut.pipeline > 1 and (config.model.tie_embeddings or "/" in config.model.pattern):
         nbytes = layout.padded_vocab(config.model) * config.model.hidden_size // cut.tensor * 4
         found["tied_gradients", "communication"] = nbytes / (rank.rate["nic"] * 1e9)
-    return Counter({(name, kind): rank.factor(kind) * seconds for (name, kind), seconds in found.items()})
+    return {(name, kind): rank.factor(kind) * seconds for (name, kind), seconds in found.items()}

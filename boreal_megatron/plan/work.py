@@ -50,13 +50,15 @@ class Software(NamedTuple):
 def software_of(config):
     """What this code does with a configuration on GPUs where everything that it can use is installed."""
     cut, kernels = config.parallel, config.kernels
+    narrow = config.optimizer.gradients == "bf16"
     return Software(
         dispatcher="hybrid" if cut.dispatcher in ("deepep", "hybridep") else "alltoall",
         grouped=kernels.experts != "sequential",
         delta_rule=kernels.delta_rule if kernels.delta_rule == "flash_qla" else "fla",
         fp8_experts=kernels.experts == "te",
         hidden_data=OVERLAPPED if cut.overlap else 0.0,
-        accumulation_bytes=12 if kernels.linears == "local" else 8,
+        gradient_bytes=2 if narrow else 4,
+        accumulation_bytes=(12 if kernels.linears == "local" else 8) - 4 * narrow,
     )
 
 

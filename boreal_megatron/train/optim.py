@@ -14,6 +14,9 @@ NO_PARAMETERS = "no parameters on this rank"
 # convolution (4 taps a channel, no mixing) and the embedding (a row seen rarely would only shrink).
 NO_DECAY = ("A_log", "dt_bias", "conv1d.weight", "word_embeddings.weight")
 
+# Their gradients are sums over tens of thousands of blocks and targets, which kernels add to an FP32 buffer.
+SUMMED_IN_FP32 = ("*word_embeddings.weight", "*output_layer.weight")
+
 
 def decays(name, parameter):
     """Whether weight decay touches this parameter."""
@@ -53,11 +56,12 @@ class DataParallel(DistributedDataParallel):
 
 
 def wrap(config, chunks):
-    """Each chunk in DataParallel: FP32 gradient buffers, summed over data and context parallelism."""
+    """Each chunk in DataParallel: gradient buffers, summed over data and context parallelism."""
     overlap, distributed = config.parallel.overlap, config.optimizer.distributed
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.optimizer.gradients == "fp32",
+        param_name_patterns_for_fp32_local_accumulation=() if config.optimizer.gradients == "fp32" else SUMMED_IN_FP32,
         average_in_collective=False,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and distributed,

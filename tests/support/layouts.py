@@ -67,6 +67,7 @@ TP = "parallel.tensor=2 parallel.sequence_parallel=true"
 PP, VPP, CP = "parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.context=2"
 HEADS, EP, ETP = "parallel.context_deltanet=heads", "parallel.expert=2", "parallel.expert_tensor=2"
 GROUPED, OVERLAP = "kernels.experts=grouped_mm", "parallel.overlap=true"
+NARROW = "optimizer.gradients=bf16"
 LAYOUTS = [
     Layout("recompute selective", 1, "recompute=selective", often=True),
     Layout("recompute full", 1, "recompute=full"),
@@ -98,6 +99,9 @@ LAYOUTS = [
     Layout("bf16: tensor 2 + sequence", 2, TP, "bf16"),
     Layout("bf16: pipeline 2", 2, PP, "bf16"),
     Layout("bf16: context 2", 2, CP, "bf16"),
+    Layout("bf16: data 2, bf16 gradients", 2, NARROW, "bf16"),
+    Layout("bf16: tensor 2 + sequence, bf16 gradients, plain optimizer", 2, f"{TP} {NARROW} optimizer.distributed=false", "bf16"),
+    Layout("bf16: pipeline 2 x data 2, bf16 gradients, overlap", 4, f"{PP} {NARROW} {OVERLAP}", "bf16"),
     Layout("tensor 2 x pipeline 2", 4, f"{TP} {PP}"),
     Layout("tensor 2 x context 2", 4, f"{TP} {CP}"),
     Layout("tensor 2 x context 2, by heads", 4, f"{TP} {CP} {HEADS}"),

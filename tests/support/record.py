@@ -76,8 +76,13 @@ def gradients(wrapped):
             for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
                 group = buffer.data_parallel_group
                 for bucket in buffer.buckets:
+                    summed_in_fp32 = bucket.params_with_extra_main_grads  # beside the buffer
+                    for p in summed_in_fp32:
+                        p.main_grad_copy_in_grad_buffer.copy_(p.main_grad)
                     own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+                    for p in summed_in_fp32:
+                        p.main_grad.copy_(p.main_grad_copy_in_grad_buffer)
     parameters = [p for chunk in wrapped for p in chunk.parameters()]
 
     def same_part(shard):

@@ -78,6 +78,12 @@ def largest(*words):
     return load([ROOT / "examples/configs/boreal_10b_moe.yaml"], words)
 
 
+def test_bf16_gradients_are_of_bf16_weights():
+    text = "optimizer.gradients=bf16 with precision.compute=fp32; expected fp32, or bf16 weights to go with it"
+    assert problems(config_for(tiny_model(), precision="fp32", optimizer={"gradients": "bf16"}), 1) == [text]
+    assert not problems(config_for(tiny_model(), precision="bf16", optimizer={"gradients": "bf16"}), 1)
+
+
 def test_a_name_alone_is_the_compute_precision(tmp_path):
     plain = largest("precision=fp32")
     assert plain.precision.compute == "fp32" and plain.precision.fp8 is None and str(plain.precision) == "fp32"

@@ -20,6 +20,8 @@ LAYOUTS = {  # (changes of the network, layout, ranks, changes of the configurat
     "one rank, FP32": ({}, {}, 1, {"precision": "fp32"}),
     "every axis": ({}, EVERY_AXIS, 16, {}),
     "every axis, state on every rank": ({}, EVERY_AXIS, 16, {"optimizer": {"distributed": False}}),
+    "every axis, bf16 gradients": ({}, EVERY_AXIS, 16, {"optimizer": {"gradients": "bf16"}}),
+    "untied, bf16 gradients": ({"tie_embeddings": False}, {}, 2, {"optimizer": {"gradients": "bf16", "distributed": False}}),
     "uneven stages, untied": ({"tie_embeddings": False}, SPLIT | {"context": 2}, 8, {}),
     "three stages, no MTP": ({"pattern": "*-GEG-"}, {"pipeline": 3}, 6, {}),
     "untied, no MTP": ({"pattern": "*-GEG-", "tie_embeddings": False}, {"pipeline": 2}, 2, {}),
@@ -309,3 +311,27 @@ def test_cache_command(capsys):
     assert "nearest: 32,768" in capsys.readouterr().err
     with pytest.raises(BorealError, match="expected one of fp32, bf16, fp8"):
         cache.count(tiny_model(), 64, dtype="int4")
+
+
+def test_fp8_keeps_weights_twice_more():
+    """Two bytes of every weight that FP8 computes with; those of the routed experts only where it has them, too."""
+    h, ffn, shared, expert, count = 96, 160, 64, 32, 8
+    model = {
+        "pattern": "*-GEG-*-/*-",
+        "hidden_size": h,
+        "ffn_hidden_size": ffn,
+        "attention": {"heads": 4, "kv_heads": 2, "head_dim": 16, "rope_fraction": 0.5, "rope_theta": 1e4},
+        "gdn": {"key_heads": 4, "value_heads": 8, "head_dim": 16},
+        "moe": {"experts": count, "top_k": 2, "expert_hidden_size": expert, "shared_hidden_size": shared},
+    }
+
+    def reserved(**changes):
+        (stage,) = memory.per_rank(config_for(tiny_model(**model), **changes), 1)["stages"]
+        return stage["reserved"]
+
+    attention = 4 * 16 * h + 2 * (4 + 2) * 16 * h  # output; queries, gates, keys and values
+    gdn = 8 * 16 * h + (2 * 4 * 16 + 2 * 8 * 16 + 2 * 8) * h  # output; queries, keys, values, gates, decay and beta
+    products = 3 * attention + 2 * gdn + 4 * 3 * ffn * h + 3 * shared * h + 2 * h * h
+    fp8 = {"precision": {"compute": "bf16", "fp8": "tensorwise"}}
+    for kernels, elements in ({}, products), ({"experts": "te"}, products + 3 * count * expert * h):
+        assert reserved(**fp8, kernels=kernels) - reserved(precision="bf16", kernels=kernels) == 2 * elements
