@@ -24,7 +24,9 @@ import importlib.metadata
 import itertools
 import json
 import re
+import sys
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +36,15 @@ from boreal_megatron.errors import USAGE, BorealError
 ENGINES = ("auto", "hf", "gigatoken", "sentencepiece")
 SPECIAL = ("encode", "split", "error")
 GIGATOKEN = "0.10."  # the versions that this was found with
-CACHE_BYTES = 64 << 20  # gigatoken's cache of words never shrinks; it is loaded anew when it has grown so much
-# A text longer than this is encoded in pieces: the reference takes some ninety bytes for each of the text's.
-PIECE_CHARACTERS = 1 << 17
+CACHE_BYTES = 40 << 20  # gigatoken's cache of words never shrinks; it is loaded anew when it has grown so much
+# A text longer than this is encoded in pieces: the reference takes up to some 200 bytes for each character.
+PIECE_CHARACTERS = 1 << 16
 AROUND = 500  # characters on either side of a cut that are encoded both ways
-CUT = re.compile(r"[a-z](?= [a-z])")  # a word ends and the next begins: every pattern in use splits here
+# A word ends and the next begins, or a line begins with one: every pattern in use splits here.
+CUT = re.compile(r"[a-z](?= [a-z])|\n(?=[A-Za-z0-9])")
 PROBE = 'a{0}{0}1 {0}",\n{0}a'  # a character beside one of each kind that split patterns tell apart
 PROBED = 256  # characters that are tried at once
+UNTRIED, ALIKE, UNLIKE = range(3)  # what is known of a character
 COMPARED_CHARACTERS = 1000  # of a document that is compared
 # What tokenizers have been seen to disagree about.
 TRICKY = (
@@ -93,8 +97,11 @@ class Gigatoken:
         self.tokenizer = tokenizer
         self.reference = Reference(tokenizer, special)
         self.added = Marks(tokenizer.added_tokens)
-        self.content, self.is_nfc = self._without_normalizer(special)
-        self.tried, self.unlike = set(), set()  # characters
+        content, self.is_nfc = self._without_normalizer(special)
+        self.content = zlib.compress(content, 1)  # for the next time: parsing the file takes ten times as much memory
+        del content
+        self.known = np.full(sys.maxunicode + 1, UNTRIED, np.uint8)  # by character
+        self.known[:128] = ALIKE
         self._load()
 
     def _without_normalizer(self, special):
@@ -104,21 +111,23 @@ class Gigatoken:
         content["normalizer"] = None
         if special != "split":  # a token it does not know of is text
             content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-        return json.dumps(content), is_nfc
+        return json.dumps(content).encode(), is_nfc
 
     def _load(self):
         import gigatoken
 
         self.fast = None  # before there is another one
         give_back()
-        self.fast = gigatoken.Tokenizer.from_json(self.content).backend
+        self.fast = gigatoken.Tokenizer.from_json(zlib.decompress(self.content)).backend
         give_back()
         self.memory = _resident_bytes()
 
     def encode(self, texts):
         """Returns a list of id arrays, one for each text."""
         if _resident_bytes() > self.memory + CACHE_BYTES:
-            self._load()
+            give_back()  # what the reference left
+            if _resident_bytes() > self.memory + CACHE_BYTES * 3 // 4:
+                self._load()
         return [self.reference.encode([text])[0] if self._at_risk(text) else self.fast.encode(text) for text in texts]
 
     def _at_risk(self, text):
@@ -126,16 +135,26 @@ class Gigatoken:
             return True
         if text.isascii():
             return False
-        return (self.is_nfc and not unicodedata.is_normalized("NFC", text)) or self._is_split_otherwise(set(text))
+        return (self.is_nfc and not unicodedata.is_normalized("NFC", text)) or self._is_split_otherwise(text)
 
-    def _is_split_otherwise(self, characters):
-        """Whether the two take one of the characters for something else: a letter, a number, neither."""
-        new = sorted(characters - self.tried)
-        for batch in itertools.batched(new, PROBED):
-            if self._differs("\n".join(map(PROBE.format, batch))):
-                self.unlike.update(character for character in batch if self._differs(PROBE.format(character)))
-        self.tried.update(new)
-        return not self.unlike.isdisjoint(characters)
+    def _is_split_otherwise(self, text):
+        """Whether the two take a character of the text for something else: a letter, a number, neither."""
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            part = text[start : start + PIECE_CHARACTERS].encode("utf-32-le", "surrogatepass")
+            codes = np.frombuffer(part, np.uint32)
+            known = self.known[codes]
+            if not known.all():  # UNTRIED is 0
+                self._try(np.unique(codes[known == UNTRIED]))
+                known = self.known[codes]
+            if (known == UNLIKE).any():
+                return True
+        return False
+
+    def _try(self, codes):
+        for batch in itertools.batched(codes, PROBED):
+            probes = [PROBE.format(chr(code)) for code in batch]
+            alike = not self._differs("\n".join(probes))
+            self.known[list(batch)] = [ALIKE if alike or not self._differs(probe) else UNLIKE for probe in probes]
 
     def _differs(self, text):
         return not np.array_equal(self.fast.encode(text), self.reference.encode([text])[0])
@@ -254,7 +273,7 @@ def _resident_bytes():
 def pieces(text, encode):
     """Returns a text cut where its ids are those of the pieces one after another; short texts are one piece.
 
-    A cut lies before a space between two words, and is taken only if encoding what is around it in one and in two gives
+    A cut lies before a space between two words or after the end of a line, and is taken only if encoding what is around it in one and in two gives
     the same ids. A text without such places stays whole.
     """
     if len(text) <= PIECE_CHARACTERS:

@@ -97,7 +97,8 @@ def test_letters_younger_than_one_of_the_unicode_tables(tmp_path):
     fast, slow = both(tmp_path)
     assert not np.array_equal(fast.fast.encode(young), slow.encode([young])[0])  # or this test shows nothing
     assert_same(fast, slow, [young, SOURCE + young, "naïve Ελλάδα 漢字"])
-    assert fast.unlike == {"\ua7cf", "\U00016ebb"} and "ï" in fast.tried
+    assert [chr(code) for code in np.flatnonzero(fast.known == engines.UNLIKE)] == ["\ua7cf", "\U00016ebb"]
+    assert fast.known[ord("ï")] == engines.ALIKE
 
 
 @gigatoken
