@@ -102,7 +102,8 @@ class Parallel(Frozen):
 
 
 class Precision(Frozen):
-    """What activations and weights are computed in; master weights, moments and sums of gradients are FP32.
+    """What activations and weights are computed in; master weights and moments are FP32, gradients as
+    `optimizer.gradients` says.
 
     `fp8` is how Transformer Engine scales the operands of the linear layers that `config/fp8.py` lists. `tensorwise`:
     one scale a tensor, of its present values; `delayed`: of its last 1,024 steps; `blockwise`: 1 x 128 values of an
@@ -171,8 +172,8 @@ class Schedule(Frozen):
 class Optimizer(Frozen):
     """AdamW. Weight decay touches matrices only; `train/optim.py` has the table.
 
-    `gradients` is what a step's gradients are added up and exchanged in; embedding and head add theirs up in FP32 either
-    way. bf16 halves that memory and traffic, and keeps 8 bits of every partial sum.
+    `gradients` is what a step's gradients are added up and exchanged in. bf16 halves the traffic, and the memory but for
+    embedding and head, which add theirs up in FP32 either way; it keeps 8 bits of every other partial sum.
     """
 
     beta1: Fraction = 0.9

@@ -273,8 +273,8 @@ def _resident_bytes():
 def pieces(text, encode):
     """Returns a text cut where its ids are those of the pieces one after another; short texts are one piece.
 
-    A cut lies before a space between two words or after the end of a line, and is taken only if encoding what is around it in one and in two gives
-    the same ids. A text without such places stays whole.
+    A cut lies before a space between two words or after the end of a line, and is taken only if encoding what is around
+    it in one and in two gives the same ids. A text without such places stays whole.
     """
     if len(text) <= PIECE_CHARACTERS:
         return [text]

@@ -128,7 +128,7 @@ def step(config, phase, world, gpu, software=None, known=None):
 
 
 def at_least(config, phase, world, gpu, known=None):
-    """A bound from below of `step`'s seconds, which costs a hundredth: pipeline ranks alike, and nothing once a step.
+    """A bound from below of `step`'s seconds, sooner known: pipeline ranks alike, and nothing once a step.
 
     A slowest rank of s seconds gives m s + (whole - s) / virtual_pipeline, which is least where s is whole / pipeline.
     """
