@@ -7,6 +7,7 @@ the rules, notes which fields each depends on, and searches the candidates.
 import operator
 import re
 from collections.abc import Callable
+from functools import cache
 from math import gcd, isqrt, lcm, prod
 from typing import NamedTuple
 
@@ -62,11 +63,12 @@ class Rule(NamedTuple):
     why: str = ""
 
 
+@cache
 def table(phases):
     """All rules for a run of so many phases; what concerns few fields comes first."""
     rows = [row_of(f"phases.{number}") for number in range(phases)]
     experts = PIPELINE, EXPERT, EXPERT_TENSOR
-    return [
+    return (
         *_model(),
         *_layout(),
         *_fp8(),
@@ -74,7 +76,7 @@ def table(phases):
         Rule("world", ("world",), MULTIPLE, CUT_BY_MODEL),
         Rule(EXPERT, ("world",), MULTIPLE, experts, lambda v: v[EXPERT] * v[EXPERT_TENSOR] > 1),
         *(rule for row in rows for rule in _steps(*row)),
-    ]
+    )
 
 
 def _model():

@@ -11,6 +11,7 @@ import heapq
 import itertools
 from dataclasses import dataclass
 from math import gcd
+from operator import itemgetter
 from typing import NamedTuple
 
 from boreal_megatron.config import check, phases, rules
@@ -24,6 +25,8 @@ RECOMPUTE = ("none", "selective", "full")  # each slower than the one before, an
 SHORTEST, LONGEST = 2048, 32_768  # positions of a micro-batch on one rank; windows alone may be shorter or longer
 WEIGHT = 2  # bytes of a parameter on its rank, its gradient comes on top, and whatever else there is
 ROUNDING = 1e-9  # of a sum in another order
+ALIKE = TENSOR, SEQUENCE_PARALLEL, CONTEXT, DELTANET, EXPERT, EXPERT_TENSOR, "micro_batch", "recompute", "precision"
+OF_ONE_STAGE = itemgetter(*ALIKE)
 EQUAL = 0.01  # of the time: the model tells no closer ones apart, and the plainer layout comes first
 NOT_TRIED = {
     "precision fp32": "slower than bf16 in every layout: it has no tensor cores",
@@ -93,23 +96,25 @@ def search(config, world, gpu, top=5, names=None, doublings=4):
     best = {precision: [] for precision in precisions(config, rejected)}
     wanted = {precision: top if precision == config.precision else 1 for precision in best}
     tickets = itertools.count()
+    looks = costs.soon, costs.at_least, lambda chosen: costs.estimate(laid_out(config, chosen)).seconds
 
-    def consider(run):
-        """Queues a layout by its bound; whoever comes first has its time looked at, and comes again with that."""
-        heapq.heappush(queue, (costs.at_least(run), next(tickets), run, None))
+    def consider(chosen):
+        """Queues a layout by its bound; whoever comes first is looked at closer, and comes again with what that says."""
+        heapq.heappush(queue, (costs.soon(chosen), next(tickets), chosen, 1))
 
-    for run in _possible(config, world, gpu, rejected, list(best)):
-        consider(run)
-    if not any(run.precision == config.precision for _, _, run, _ in queue):
+    for chosen in _possible(config, world, gpu, rejected, list(best)):
+        consider(chosen)
+    if not any(chosen["precision"] == config.precision for _, _, chosen, _ in queue):
         raise BorealError(_impossible(config, world, gpu, rejected))
     while queue and any(len(best[p]) < wanted[p] for p in best):
-        _, ticket, run, candidate = heapq.heappop(queue)
-        if len(best[run.precision]) == wanted[run.precision]:
+        _, ticket, chosen, looked = heapq.heappop(queue)
+        if len(best[chosen["precision"]]) == wanted[chosen["precision"]]:
             continue
-        if candidate is None:
-            candidate = costs.estimate(run)
-            heapq.heappush(queue, (candidate.seconds, ticket, run, candidate))
+        if looked < len(looks):
+            heapq.heappush(queue, (looks[looked](chosen), ticket, chosen, looked + 1))
             continue
+        run = laid_out(config, chosen)
+        candidate = costs.estimate(run)
         if problems := check.problems(run, world):  # those that are no rule between numbers
             _note(rejected, "check", lambda: (problems[0], fields(run)))
             continue
@@ -125,7 +130,7 @@ def search(config, world, gpu, top=5, names=None, doublings=4):
         _note(rejected, "memory", lambda: (text, fields(run)))
         again = RECOMPUTE.index(run.recompute) + 1
         if whole and again < len(RECOMPUTE):
-            consider(run.model_copy(update={"recompute": RECOMPUTE[again]}))
+            consider(chosen | {"recompute": RECOMPUTE[again]})
     mine = best.pop(config.precision)
     if not mine:
         raise BorealError(
@@ -151,6 +156,14 @@ def precisions(config, rejected):
     return list(found.values())
 
 
+def laid_out(config, chosen):
+    """The configuration with a layout."""
+    cut = {name.partition(".")[2]: value for name, value in chosen.items() if name.startswith("parallel.")}
+    parallel = config.parallel.model_copy(update=cut | {"pipeline_layers": None})
+    rest = {name: chosen[name] for name in ("micro_batch", "recompute", "precision")}
+    return config.model_copy(update=rest | {"parallel": parallel})
+
+
 def fields(config):
     """What a layout chooses, in the form of an overlay of a configuration file."""
     return {
@@ -171,7 +184,7 @@ class Costs:
     """
 
     def __init__(self, config, world, gpu, names=None):
-        self.phases, self.world, self.gpu = named(config, names), world, gpu
+        self.config, self.world, self.gpu, self.phases = config, world, gpu, named(config, names)
         spans = [span for span in phases.spans(config.phases) if span.phase in self.phases]
         self.shapes = [(span.phase.sequence, span.phase.positions_per_step) for span in spans]
         self.steps = dict.fromkeys(self.shapes, 0)
@@ -179,6 +192,7 @@ class Costs:
             self.steps[shape] += span.steps
         self.example = {shape: span.phase for shape, span in zip(self.shapes, spans, strict=True)}
         self.known = {sequence: {} for sequence, _ in self.shapes}
+        self.networks = {}
 
     def estimate(self, config):
         """A Candidate of a configuration as it is."""
@@ -186,10 +200,23 @@ class Costs:
         seconds = sum(steps * found[shape].seconds for shape, steps in self.steps.items())
         return Candidate(config, seconds, tuple(found[shape] for shape in self.shapes))
 
-    def at_least(self, config):
-        """A bound from below of its seconds."""
-        found = self._each(time.at_least, config)
+    def at_least(self, chosen):
+        """A bound from below of the seconds of a layout as `_possible` gives it."""
+        found = self._each(time.at_least, laid_out(self.config, chosen))
         return (1 - ROUNDING) * sum(steps * found[shape] for shape, steps in self.steps.items())
+
+    def soon(self, chosen):
+        """A bound below that one, and sooner known."""
+        of_one_stage = OF_ONE_STAGE(chosen)
+        if of_one_stage not in self.networks:
+            found = self._each(time.network, laid_out(self.config, chosen))
+            self.networks[of_one_stage] = [(steps, *shape, *found[shape]) for shape, steps in self.steps.items()]
+        pipeline, rows = chosen[PIPELINE], chosen["micro_batch"]
+        rows *= self.world // (pipeline * chosen[TENSOR] * chosen[CONTEXT])
+        return (1 - ROUNDING) * sum(
+            steps * time.passes(positions // (sequence * rows), max(seconds / pipeline, heads), seconds, chosen[VIRTUAL])
+            for steps, sequence, positions, seconds, heads in self.networks[of_one_stage]
+        )
 
     def _each(self, function, config):
         return {
@@ -232,19 +259,16 @@ def _impossible(config, world, gpu, rejected):
 
 
 def _possible(config, world, gpu, rejected, precisions):
-    """Configurations of all layouts that no rule forbids."""
-    plain = config.parallel.model_copy(update={"pipeline_layers": None})
-    values = check.values_of(config.model_copy(update={"parallel": plain}), world)
+    """{field: value} of all layouts that no rule forbids."""
+    values = check.values_of(config, world).but(rules.SPLIT, None)
     table = [rule for rule in rules.table(len(config.phases)) if values.has(rule)]
     fp8 = list(dict.fromkeys(precision.fp8 for precision in precisions))
     choices = [(rules.FP8, lambda v: fp8), *_choices(config, world, gpu)]
-    undecided = [(rule, {rules.FP8}) for rule in table]
+    undecided = [(_Asked(rule), {rules.FP8}) for rule in table]
     for chosen in _choose(values, {}, undecided, choices, rejected):
-        cut = {name.partition(".")[2]: value for name, value in chosen.items() if name.startswith("parallel.")}
-        changes = {"parallel": plain.model_copy(update=cut), "micro_batch": chosen["micro_batch"]}
         for precision in precisions:
             if precision.fp8 == chosen[rules.FP8]:
-                yield config.model_copy(update=changes | {"recompute": RECOMPUTE[0], "precision": precision})
+                yield chosen | {"recompute": RECOMPUTE[0], "precision": precision}
 
 
 def _choices(config, world, gpu):
@@ -267,8 +291,8 @@ def _choices(config, world, gpu):
 
 
 def _choose(values, chosen, undecided, choices, rejected):
-    """All ways to go on: {field: value} of what breaks no rule. `undecided` are (rule, fields that it was seen to depend
-    on); as long as those keep their values it depends on no other."""
+    """All ways to go on: {field: value} of what breaks no rule. `undecided` are (_Asked, fields that it was seen to
+    depend on); as long as those keep their values it depends on no other."""
     if not choices:
         yield chosen
         return
@@ -277,19 +301,39 @@ def _choose(values, chosen, undecided, choices, rejected):
     for value in options(values):
         mine, with_it = values.but(field, value), chosen | {field: value}
         left, broken = [], None
-        for rule, fields in undecided:
+        for asked, fields in undecided:
+            holds = None
             if field in fields:
-                fields = mine.depends(rule)
-            if fields & unset:
-                left.append((rule, fields))
-            elif not mine.holds(rule):
-                broken = rule
+                fields, holds = asked.look(mine)
+            if not fields.isdisjoint(unset):
+                left.append((asked, fields))
+            elif not holds:
+                broken = asked.rule
                 break
         if broken:
             key = broken.blame, broken.relation, broken.why
             _note(rejected, key, lambda: (check.broken(mine, broken), with_it))
         else:
             yield from _choose(mine, with_it, left, later, rejected)
+
+
+class _Asked:
+    """A rule, and what it said before: where it reads the same values it says the same."""
+
+    def __init__(self, rule):
+        self.rule = rule
+        self.said = {}  # fields -> (what reads them, {their values: whether it holds})
+
+    def look(self, values):
+        """(the fields that decide whether it holds, whether it does)."""
+        for fields, (read, said) in self.said.items():
+            holds = said.get(read(values))
+            if holds is not None:
+                return fields, holds
+        fields, holds = frozenset(values.depends(self.rule)), values.holds(self.rule)
+        read, said = self.said.setdefault(fields, (itemgetter(*fields), {}))
+        said[read(values)] = holds
+        return fields, holds
 
 
 def _note(rejected, key, example):

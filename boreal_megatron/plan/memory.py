@@ -5,6 +5,7 @@ Weights, gradients and optimizer state are exact (`shards.py`), activations foll
 that the pipeline schedule has in flight; the fullest moment is looked for along the schedule.
 """
 
+from functools import cache, partial
 from typing import NamedTuple
 
 from boreal_megatron.config.check import check, data_size
@@ -88,9 +89,9 @@ def fits(config, world, gpu, **options):
 def _phase(config, world, phase, held, imbalance, kernels):
     row = activations.Row.of(config, phase, kernels, imbalance)
     count = phase.windows_per_step() // config.micro_batch // data_size(config, world)
-    stages = []
+    stages, one = [], cache(partial(_chunk, row))  # most chunks of a network are alike
     for rank, (state, cut) in enumerate(zip(held, shards.chunks(config), strict=True)):
-        chunks = [_chunk(row, *chunk) for chunk in cut]
+        chunks = [one(*chunk) for chunk in cut]
         peak, kept, in_flight = fullest(chunks, row, rank, count)
         copies = FP8_COPIES * sum(shards.fp8_elements(config, *chunk) for chunk in cut)
         kinds = {}

@@ -7,6 +7,7 @@ of 128 and of its data-parallel size, and each of its data-parallel ranks owns t
 bytes off the buffers themselves; tests compare the two.
 """
 
+from functools import cache, partial
 from math import lcm
 from typing import NamedTuple
 
@@ -109,32 +110,33 @@ def held(config, world):
     cut = config.parallel
     ranks = world // cut.pipeline
     data, expert_data = ranks // cut.tensor, ranks // (cut.expert * cut.expert_tensor)
+    chunk = cache(partial(_chunk, config, data, expert_data))  # most chunks of a network are alike
     found = []
     for stage in chunks(config):
-        mine = [weights(config, *chunk) for chunk in stage]
-        gradients, dense, experts = 0, [0] * data, [0] * expert_data
-        for chunk in mine:
-            for fp32 in (False, True):
-                for expert in (False, True):
-                    group = [w for w in chunk if (w.fp32, w.expert) == (fp32, expert)]
-                    size = MOMENTS + (0 if fp32 else MASTER)
-                    owned = experts if expert else dense
-                    elements, shares = buffer(group, len(owned), config.optimizer.distributed)
-                    narrow = config.optimizer.gradients == "bf16" and not fp32
-                    gradients += (BF16 if narrow else FP32) * elements
-                    gradients += narrow * FP32 * sum(w.elements for w in group if w.rows)
-                    for rank, share in enumerate(shares):
-                        owned[rank] += share * size
+        sizes, gradients, dense, experts = zip(*(chunk(*each) for each in stage), strict=True)
+        dense, experts = [sum(shares) for shares in zip(*dense)], [sum(shares) for shares in zip(*experts)]
         # The order of ranks: tensor, context, data; for experts their tensor, expert, data; then pipeline stages.
         both = {dense[i // cut.tensor] + experts[i // (cut.expert * cut.expert_tensor)] for i in range(ranks)}
-        found.append(
-            {
-                "weights": sum(w.elements * (FP32 if w.fp32 else BF16) for chunk in mine for w in chunk),
-                "gradients": gradients,
-                "optimizer": (min(both), max(both)),
-            }
-        )
+        found.append({"weights": sum(sizes), "gradients": sum(gradients), "optimizer": (min(both), max(both))})
     return found
+
+
+def _chunk(config, data, expert_data, letters, first, last):
+    """(bytes of weights, of gradients, of the dense optimizer state of each data-parallel rank, of the experts')."""
+    mine = weights(config, letters, first, last)
+    gradients, dense, experts = 0, [0] * data, [0] * expert_data
+    for fp32 in (False, True):
+        for expert in (False, True):
+            group = [w for w in mine if (w.fp32, w.expert) == (fp32, expert)]
+            size = MOMENTS + (0 if fp32 else MASTER)
+            owned = experts if expert else dense
+            elements, shares = buffer(group, len(owned), config.optimizer.distributed)
+            narrow = config.optimizer.gradients == "bf16" and not fp32
+            gradients += (BF16 if narrow else FP32) * elements
+            gradients += narrow * FP32 * sum(w.elements for w in group if w.rows)
+            for rank, share in enumerate(shares):
+                owned[rank] += share * size
+    return sum(w.elements * (FP32 if w.fp32 else BF16) for w in mine), gradients, dense, experts
 
 
 def buffer(group, ranks, distributed):
@@ -165,9 +167,11 @@ def _close(begin, at, stretches, shares):
     end = up(at, lcm(ranks, END))
     part = (end - begin) // ranks
     for a, b in stretches:
-        for rank in range((a - begin) // part, (b - 1 - begin) // part + 1):
-            low = begin + rank * part
-            shares[rank] += min(b, low + part) - max(a, low)
+        first, last = (a - begin) // part, (b - 1 - begin) // part
+        for rank in range(first, last + 1):
+            shares[rank] += part
+        shares[first] -= a - begin - first * part
+        shares[last] -= begin + (last + 1) * part - b
     return end
 
 

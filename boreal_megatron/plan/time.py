@@ -103,13 +103,13 @@ def step(config, phase, world, gpu, software=None, known=None):
             "this GPU has no rates; copy the section `rates` of h100 in plan/hardware.yaml to its entry and change it"
         )
     cut = config.parallel
-    work = _work_of(config, phase.sequence, gpu, software or software_of(config), {} if known is None else known)
+    work = _work_of(config, phase.sequence, gpu, software, {} if known is None else known)
     rank, micro_batches = work.rank, _micro_batches(config, phase, world)
-    chunks = _letters(config)
-    held = _held(config.model, cut, [[work.parameters(letters) for letters in mine] for mine in chunks])
-    totals = [sum(map(work.seconds, mine)) for mine in chunks]
+    stages = _letters(config)
+    held = _held(config.model, cut, [work.parameters(letters) for letters in stages])
+    totals = [work.seconds(letters) for letters in stages]
     slowest = max(range(cut.pipeline), key=totals.__getitem__)
-    terms = dict(work.terms("".join(chunks[slowest])))
+    terms = work.terms(stages[slowest])
     if cut.pipeline > 1 and cut.virtual_pipeline == 1:
         terms["pipeline_communication", "communication"] = rank.factor("communication") * 2 * _neighbour(rank, world)
     terms = {key: micro_batches * seconds for key, seconds in terms.items()}
@@ -128,20 +128,28 @@ def step(config, phase, world, gpu, software=None, known=None):
 
 
 def at_least(config, phase, world, gpu, known=None):
-    """A bound from below of `step`'s seconds, sooner known: pipeline ranks alike, and nothing once a step.
-
-    A slowest rank of s seconds gives m s + (whole - s) / virtual_pipeline, which is least where s is whole / pipeline.
-    """
-    cut = config.parallel
-    work = _work_of(config, phase.sequence, gpu, software_of(config), {} if known is None else known)
-    share = 1 / cut.pipeline
-    micro_batches = _micro_batches(config, phase, world)
-    return work.seconds(_whole(config.model.pattern)) * (micro_batches * share + (1 - share) / cut.virtual_pipeline)
+    """A bound from below of `step`'s seconds, sooner known: nothing once a step."""
+    work = _work_of(config, phase.sequence, gpu, None, {} if known is None else known)
+    totals = [work.seconds(letters) for letters in _letters(config)]
+    return passes(_micro_batches(config, phase, world), max(totals), sum(totals), config.parallel.virtual_pipeline)
 
 
-def _held(model, cut, chunks):
-    """(dense, experts' parameters) that each pipeline rank has; norms count as if tensor parallelism cut them."""
-    held = [[sum(dense for dense, _ in mine), sum(experts for _, experts in mine)] for mine in chunks]
+def passes(micro_batches, slowest, together, virtual_pipeline):
+    """Seconds of all micro-batches' passes, of what one takes on the slowest pipeline rank and on all together. It grows
+    with both."""
+    return micro_batches * slowest + (together - slowest) / virtual_pipeline
+
+
+def network(config, phase, world, gpu, known):
+    """(seconds of a micro-batch on all pipeline ranks together, of the heads, which one rank has)."""
+    work = _work_of(config, phase.sequence, gpu, None, known)
+    (letters,) = _stages(config.model.pattern, 1, 1, None)
+    return work.seconds(letters), work.seconds(letters[letters.index("/") :])
+
+
+def _held(model, cut, half_blocks):
+    """[dense, experts' parameters] of each pipeline rank; norms count as if tensor parallelism cut them."""
+    held = [list(each) for each in half_blocks]
     embedding = layout.padded_vocab(model) * model.hidden_size // cut.tensor
     held[0][0] += embedding
     if not model.tie_embeddings or cut.pipeline > 1:
@@ -158,25 +166,26 @@ def _micro_batches(config, phase, world):
     return phase.positions_per_step // (phase.sequence * config.micro_batch * check.data_size(config, world))
 
 
-@cache
-def _whole(pattern):
-    """The whole network as one chunk."""
-    return _stages(pattern, 1, 1, None)[0]
-
-
 def _letters(config):
-    """Half-blocks of each pipeline rank's chunks; the network's last chunk ends with `/` and the MTP head's."""
+    """The half-blocks of each pipeline rank, sorted; the last rank's end with `/` and the MTP head's."""
     cut = config.parallel
-    stages = _stages(config.model.pattern, cut.pipeline, cut.virtual_pipeline, cut.pipeline_layers)
-    return [stages[number :: cut.pipeline] for number in range(cut.pipeline)]
+    return _stages(config.model.pattern, cut.pipeline, cut.virtual_pipeline, cut.pipeline_layers)
 
 
 @cache
 def _stages(pattern, pipeline, virtual_pipeline, pipeline_layers):
     cut = Parallel(pipeline=pipeline, virtual_pipeline=virtual_pipeline, pipeline_layers=pipeline_layers)
     main, _, mtp = layout.stage_pattern(pattern, cut).partition("/")
-    stages = main.split("|")
+    chunks = main.split("|")
+    stages = ["".join(sorted("".join(chunks[number::pipeline]))) for number in range(pipeline)]
     return (*stages[:-1], f"{stages[-1]}/{mtp}")
+
+
+@cache
+def _counted(letters):
+    """((half-block, how many), ...), whether the heads follow, the MTP head's half-blocks."""
+    main, last, mtp = letters.partition("/")
+    return tuple(Counter(main).items()), bool(last), mtp
 
 
 def _work_of(config, sequence, gpu, software, known):
@@ -186,13 +195,14 @@ def _work_of(config, sequence, gpu, software, known):
     plain = (*plain, config.recompute, config.precision.compute, config.precision.fp8)
     key = (*plain, cut.expert, cut.expert_tensor)
     if key not in known:
-        known[key] = _Work(Rank(config, sequence, gpu, software), config.recompute, known.setdefault(plain, {}))
+        rank = Rank(config, sequence, gpu, software or software_of(config))
+        known[key] = _Work(rank, config.recompute, known.setdefault(plain, {}))
     return known[key]
 
 
 class _Work:
-    """What chunks of the network cost one rank, for each micro-batch. Letters of the network's last chunk end with `/`
-    and the MTP head's.
+    """What half-blocks cost one rank, for each micro-batch. Letters of the network's last ones end with `/` and the MTP
+    head's.
 
     Args:
         rank: `work.Rank`.
@@ -202,27 +212,23 @@ class _Work:
 
     def __init__(self, rank, recompute, half_blocks):
         self.rank, self.recompute = rank, recompute
-        self._plain, self._own, self._seconds, self._terms, self._parameters = half_blocks, {}, {}, {}, {}
+        self._plain, self._own, self._seconds = half_blocks, {}, {}
 
     def seconds(self, letters):
         if letters not in self._seconds:
-            main, last, mtp = letters.partition("/")
-            found = sum(blocks * self._half_block(letter)[1] for letter, blocks in Counter(main).items())
+            blocks, last, mtp = _counted(letters)
+            found = sum(count * self._half_block(letter)[1] for letter, count in blocks)
             found += sum(self._half_block(letter)[1] for letter in mtp)
             self._seconds[letters] = found + sum(seconds for *_, seconds in self._ends(last, mtp))
         return self._seconds[letters]
 
     def terms(self, letters):
         """{(term, kind): seconds}."""
-        if letters not in self._terms:
-            self._terms[letters] = self._sum(*letters.partition("/"))
-        return self._terms[letters]
-
-    def _sum(self, main, last, mtp):
         found = Counter()
-        for letter, blocks in Counter(main).items():
+        blocks, last, mtp = _counted(letters)
+        for letter, count in blocks:
             for name, kind, seconds in self._half_block(letter)[0]:
-                found[name, kind] += blocks * seconds
+                found[name, kind] += count * seconds
         for letter in mtp:
             for name, _, seconds in self._half_block(letter)[0]:
                 found[name, "mtp"] += seconds
@@ -231,14 +237,11 @@ class _Work:
         return found
 
     def parameters(self, letters):
-        """(dense, experts') of a chunk's half-blocks, and of the MTP head's projection."""
-        if letters not in self._parameters:
-            main, _, mtp = letters.partition("/")
-            each = [(blocks, *self._half_block(letter)[2]) for letter, blocks in Counter(main + mtp).items()]
-            join = 2 * self.rank.model.hidden_size**2 // self.rank.cut.tensor if mtp else 0
-            dense = sum(blocks * mine for blocks, mine, _ in each) + join
-            self._parameters[letters] = dense, sum(blocks * experts for blocks, _, experts in each)
-        return self._parameters[letters]
+        """(dense, experts') of half-blocks, and of the MTP head's projection."""
+        blocks, _, mtp = _counted(letters)
+        each = [(count, *self._half_block(letter)[2]) for letter, count in (*blocks, *((letter, 1) for letter in mtp))]
+        join = 2 * self.rank.model.hidden_size**2 // self.rank.cut.tensor if mtp else 0
+        return sum(n * dense for n, dense, _ in each) + join, sum(n * experts for n, _, experts in each)
 
     def _half_block(self, letter):
         """([(term, kind, seconds)], seconds together, its parameters)."""
