@@ -123,20 +123,21 @@ def held(config, world):
 
 def _chunk(config, data, expert_data, letters, first, last):
     """(bytes of weights, of gradients, of the dense optimizer state of each data-parallel rank, of the experts')."""
-    mine = weights(config, letters, first, last)
-    gradients, dense, experts = 0, [0] * data, [0] * expert_data
-    for fp32 in (False, True):
-        for expert in (False, True):
-            group = [w for w in mine if (w.fp32, w.expert) == (fp32, expert)]
-            size = MOMENTS + (0 if fp32 else MASTER)
-            owned = experts if expert else dense
-            elements, shares = buffer(group, len(owned), config.optimizer.distributed)
-            narrow = config.optimizer.gradients == "bf16" and not fp32
-            gradients += (BF16 if narrow else FP32) * elements
-            gradients += narrow * FP32 * sum(w.elements for w in group if w.rows)
-            for rank, share in enumerate(shares):
-                owned[rank] += share * size
-    return sum(w.elements * (FP32 if w.fp32 else BF16) for w in mine), gradients, dense, experts
+    groups = {}
+    for weight in weights(config, letters, first, last):
+        groups.setdefault((weight.fp32, weight.expert), []).append(weight)
+    size, gradients, dense, experts = 0, 0, [0] * data, [0] * expert_data
+    for (fp32, expert), group in groups.items():
+        size += (FP32 if fp32 else BF16) * sum(w.elements for w in group)
+        owned = experts if expert else dense
+        elements, shares = buffer(group, len(owned), config.optimizer.distributed)
+        narrow = config.optimizer.gradients == "bf16" and not fp32
+        gradients += (BF16 if narrow else FP32) * elements
+        gradients += narrow * FP32 * sum(w.elements for w in group if w.rows)
+        state = MOMENTS + (0 if fp32 else MASTER)
+        for rank, share in enumerate(shares):
+            owned[rank] += share * state
+    return size, gradients, dense, experts
 
 
 def buffer(group, ranks, distributed):
@@ -146,7 +147,7 @@ def buffer(group, ranks, distributed):
         return whole, [whole] * ranks
     shares, begin, at, stretches = [0] * ranks, 0, 0, []
     for number, weight in enumerate(reversed(group)):
-        at = up(at, START)
+        at += -at % START
         if weight.alone and stretches:
             at = begin = _close(begin, at, stretches, shares)
             stretches = []
@@ -164,7 +165,7 @@ def buffer(group, ranks, distributed):
 def _close(begin, at, stretches, shares):
     """End a bucket: its padded end; adds to `shares` what each rank owns of its stretches."""
     ranks = len(shares)
-    end = up(at, lcm(ranks, END))
+    end = at + -at % lcm(ranks, END)
     part = (end - begin) // ranks
     for a, b in stretches:
         first, last = (a - begin) // part, (b - 1 - begin) // part
@@ -173,7 +174,3 @@ def _close(begin, at, stretches, shares):
         shares[first] -= a - begin - first * part
         shares[last] -= begin + (last + 1) * part - b
     return end
-
-
-def up(n, unit):
-    return -(-n // unit) * unit
