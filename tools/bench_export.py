@@ -1,4 +1,5 @@
-"""How fast `boreal export` is on this machine: a synthetic checkpoint, exported, beside a plain safetensors write.
+"""How fast `boreal export` is on this machine: a synthetic checkpoint, exported, beside a plain safetensors write
+and a plain read of the checkpoint.
 
     python tools/bench_export.py --parameters 1e9 [--folder DIR] [--repeat 3] [--warm] [--json]
 
@@ -34,7 +35,8 @@ from boreal_megatron.train import store
 RANKS = 8
 SHARD_BYTES = 1_000_000_000  # the plain write has a whole file in memory
 SHARE = 0.4  # of the disk's free space that may be used
-RUNS = ("export", "export --no-verify", "plain safetensors write")
+WRITE, READ = "plain safetensors write", "plain read of the checkpoint"
+RUNS = ("export", "export --no-verify", WRITE, READ)
 
 
 def main():
@@ -71,7 +73,7 @@ def bench(folder, args):
                 forget(checkpoint)
             command = [sys.executable, __file__, "--child", name, str(checkpoint), str(folder / "out")]
             measured.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
-            shutil.rmtree(folder / "out")
+            shutil.rmtree(folder / "out", ignore_errors=True)
     return {
         "parameters": count,
         "written_gb": runs["export"][0]["bytes"] / 1e9,
@@ -132,7 +134,9 @@ def forget(checkpoint):
 
 def measure(name, checkpoint, out):
     """One run in this process: seconds, bytes, peak memory."""
-    if name == "plain safetensors write":
+    if name == READ:
+        seconds, size = read(Path(checkpoint))
+    elif name == WRITE:
         seconds, size = plain(checkpoint, Path(out))
     else:
         began = time.perf_counter()
@@ -158,6 +162,17 @@ def plain(checkpoint, out):
         flush(out / file)
         seconds += time.perf_counter() - began
     return seconds, sum(plan.sizes.values())
+
+
+def read(checkpoint):
+    """All its files, one after the other, into the same memory."""
+    block, size = bytearray(1 << 24), 0
+    began = time.perf_counter()
+    for file in checkpoint.glob("*.distcp"):
+        with file.open("rb", buffering=0) as opened:
+            while count := opened.readinto(block):
+                size += count
+    return time.perf_counter() - began, size
 
 
 def summary(measured):

@@ -43,6 +43,7 @@ def export(
         BorealError: damaged or incomplete checkpoint, one of another model, wrong tokenizer, NaN, no space, or (kept
             under the name `OUT.disagrees`) an export that computes something else.
     """
+    shards.large_pages()
     path = store.resolve(path)
     config = store.saved_config(path)
     if target not in TARGETS:

@@ -38,6 +38,7 @@ def import_hf(folder, out, config, *, allow_nan=False, progress=None):
     """
     from boreal_megatron.train.state import State  # with megatron-core, which takes seconds
 
+    shards.large_pages()
     folder, out = Path(folder), Path(out)
     model = described(folder)
     check_same_network(folder, model, config.model)
