@@ -2,7 +2,7 @@
 
 The fields of a layout are chosen one after another. A rule of `config.rules` that depends on nothing still open is
 looked at at once, so that what is impossible is left with its reason before anything is built on it. What remains is
-ranked by `plan.time`, which is asked only where a bound from below does not decide, and `plan.memory` is asked in that
+ranked by `plan.time`, which is asked only where bounds from below do not decide, and `plan.memory` is asked in that
 order until enough layouts fit.
 """
 
@@ -19,14 +19,15 @@ from boreal_megatron.config.rules import CONTEXT, DELTANET, EXPERT, EXPERT_TENSO
 from boreal_megatron.config.rules import TENSOR, VIRTUAL, divisors
 from boreal_megatron.config.schema import Precision
 from boreal_megatron.errors import BorealError
-from boreal_megatron.plan import memory, time
+from boreal_megatron.plan import memory, shards, time
 
 RECOMPUTE = ("none", "selective", "full")  # each slower than the one before, and smaller
 SHORTEST, LONGEST = 2048, 32_768  # positions of a micro-batch on one rank; windows alone may be shorter or longer
 WEIGHT = 2  # bytes of a parameter on its rank, its gradient comes on top, and whatever else there is
 ROUNDING = 1e-9  # of a sum in another order
-ALIKE = TENSOR, SEQUENCE_PARALLEL, CONTEXT, DELTANET, EXPERT, EXPERT_TENSOR, "micro_batch", "recompute", "precision"
-OF_ONE_STAGE = itemgetter(*ALIKE)
+OF_A_MICRO_BATCH = itemgetter(
+    TENSOR, SEQUENCE_PARALLEL, CONTEXT, DELTANET, EXPERT, EXPERT_TENSOR, "micro_batch", "recompute", "precision"
+)  # what decides how long its passes through the whole network take
 EQUAL = 0.01  # of the time: the model tells no closer ones apart, and the plainer layout comes first
 NOT_TRIED = {
     "precision fp32": "slower than bf16 in every layout: it has no tensor cores",
@@ -100,7 +101,7 @@ def search(config, world, gpu, top=5, names=None, doublings=4):
 
     def consider(chosen):
         """Queues a layout by its bound; whoever comes first is looked at closer, and comes again with what that says."""
-        heapq.heappush(queue, (costs.soon(chosen), next(tickets), chosen, 1))
+        heapq.heappush(queue, (looks[0](chosen), next(tickets), chosen, 1))
 
     for chosen in _possible(config, world, gpu, rejected, list(best)):
         consider(chosen)
@@ -121,7 +122,7 @@ def search(config, world, gpu, top=5, names=None, doublings=4):
         needs = (WEIGHT + (4 if run.optimizer.gradients == "fp32" else 2)) * candidate.estimates[0].parameters
         whole = needs <= gpu.memory_gib * memory.GIB
         if whole:
-            needs = memory.needed(memory.per_rank(run.model_copy(update={"phases": costs.phases}), world))
+            needs = costs.needs(run)
         if needs <= gpu.memory_gib * memory.GIB:
             best[run.precision].append(candidate._replace(bytes=needs))
             continue
@@ -192,37 +193,59 @@ class Costs:
             self.steps[shape] += span.steps
         self.example = {shape: span.phase for shape, span in zip(self.shapes, spans, strict=True)}
         self.known = {sequence: {} for sequence, _ in self.shapes}
-        self.networks = {}
+        self.works, self.held = {}, {}
+        (self.network,) = time.letters_of(config.model.pattern, 1, 1)
+        self.heads = self.network[self.network.index("/") :]
 
     def estimate(self, config):
         """A Candidate of a configuration as it is."""
-        found = self._each(time.step, config)
+        found = {
+            shape: time.step(config, phase, self.world, self.gpu, known=self.known[phase.sequence])
+            for shape, phase in self.example.items()
+        }
         seconds = sum(steps * found[shape].seconds for shape, steps in self.steps.items())
         return Candidate(config, seconds, tuple(found[shape] for shape in self.shapes))
 
     def at_least(self, chosen):
-        """A bound from below of the seconds of a layout as `_possible` gives it."""
-        found = self._each(time.at_least, laid_out(self.config, chosen))
-        return (1 - ROUNDING) * sum(steps * found[shape] for shape, steps in self.steps.items())
+        """A bound from below of the seconds of a layout as `_possible` gives it: without what happens once a step."""
+        stages = time.letters_of(self.config.model.pattern, chosen[PIPELINE], chosen[VIRTUAL])
+
+        def each(work):
+            seconds = [work.seconds(letters) for letters in stages]
+            return max(seconds), sum(seconds)
+
+        return self._passes(chosen, each)
 
     def soon(self, chosen):
-        """A bound below that one, and sooner known."""
-        of_one_stage = OF_ONE_STAGE(chosen)
-        if of_one_stage not in self.networks:
-            found = self._each(time.network, laid_out(self.config, chosen))
-            self.networks[of_one_stage] = [(steps, *shape, *found[shape]) for shape, steps in self.steps.items()]
-        pipeline, rows = chosen[PIPELINE], chosen["micro_batch"]
-        rows *= self.world // (pipeline * chosen[TENSOR] * chosen[CONTEXT])
+        """A bound below that one, and sooner known: pipeline ranks are as alike as they can be. The slowest takes no less
+        than its share, or than the heads, which one rank has."""
+
+        def alike(work):
+            together = work.seconds(self.network)
+            return max(together / chosen[PIPELINE], work.seconds(self.heads)), together
+
+        return self._passes(chosen, alike)
+
+    def _passes(self, chosen, seconds_of):
+        """`seconds_of` a Work gives those of a micro-batch on the slowest pipeline rank, and on all together."""
+        key = OF_A_MICRO_BATCH(chosen)
+        if key not in self.works:
+            run = laid_out(self.config, chosen)
+            works = {n: time.work_of(run, n, self.gpu, None, known) for n, known in self.known.items()}
+            self.works[key] = [(*shape, steps, works[shape[0]]) for shape, steps in self.steps.items()]
+        rows = chosen["micro_batch"] * (self.world // (chosen[TENSOR] * chosen[PIPELINE] * chosen[CONTEXT]))
         return (1 - ROUNDING) * sum(
-            steps * time.passes(positions // (sequence * rows), max(seconds / pipeline, heads), seconds, chosen[VIRTUAL])
-            for steps, sequence, positions, seconds, heads in self.networks[of_one_stage]
+            steps * time.passes(positions // (sequence * rows), *seconds_of(work), chosen[VIRTUAL])
+            for sequence, positions, steps, work in self.works[key]
         )
 
-    def _each(self, function, config):
-        return {
-            shape: function(config, phase, self.world, self.gpu, known=self.known[phase.sequence])
-            for shape, phase in self.example.items()
-        }
+    def needs(self, config):
+        """Bytes of the fullest rank."""
+        key = config.parallel, config.precision.compute
+        if key not in self.held:
+            self.held[key] = shards.held(config, self.world)
+        counted = config.model_copy(update={"phases": self.phases})
+        return memory.needed(memory.per_rank(counted, self.world, held=self.held[key]))
 
 
 def named(config, names):

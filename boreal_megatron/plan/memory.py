@@ -43,23 +43,21 @@ Bytes of the fullest rank of each pipeline stage, in the phase that needs most; 
 
 
 class Chunk(NamedTuple):
-    """One micro-batch in one chunk: `kinds` {kind: bytes kept}, and the bytes at the fullest moment of its passes."""
+    """One micro-batch in one chunk: `kinds` {kind: bytes kept}, their sum, the bytes at the fullest moment of its passes."""
 
     kinds: dict
+    kept: int
     fullest: int
 
-    @property
-    def kept(self):
-        return sum(self.kinds.values())
 
-
-def per_rank(config, world, *, imbalance=IMBALANCE, kernels=activations.CUDA):
+def per_rank(config, world, *, imbalance=IMBALANCE, kernels=activations.CUDA, held=None):
     """Bytes of the fullest rank of each pipeline stage, in the phase that needs most.
 
     Args:
         config: `config.schema.Config`. world: number of ranks.
         imbalance: positions that the busiest rank's experts get, over the mean.
         kernels: whose operations run, `activations.CUDA` or `.CPU`.
+        held: `shards.held`, where it is known.
 
     Returns:
         dict for JSON: `world`, `phase`, `imbalance`, and for each pipeline rank in `stages` {"layers": a string per
@@ -71,7 +69,7 @@ def per_rank(config, world, *, imbalance=IMBALANCE, kernels=activations.CUDA):
         ProblemsError: of the configuration.
     """
     check(config, world)
-    held = shards.held(config, world)
+    held = held or shards.held(config, world)
     found = [_phase(config, world, phase, held, imbalance, kernels) for phase in config.phases]
     return max(found, key=needed)
 
@@ -161,7 +159,7 @@ def _chunk(row, letters, first, last):
             moment(activations.mtp_passing(row, mtp))
         keep("losses", activations.losses(row, mtp))
         moment(activations.loss_passing(row, mtp))
-    return Chunk(kinds, most)
+    return Chunk(kinds, sum(kinds.values()), most)
 
 
 def fullest(chunks, row, rank, count):

@@ -103,9 +103,9 @@ def step(config, phase, world, gpu, software=None, known=None):
             "this GPU has no rates; copy the section `rates` of h100 in plan/hardware.yaml to its entry and change it"
         )
     cut = config.parallel
-    work = _work_of(config, phase.sequence, gpu, software, {} if known is None else known)
+    work = work_of(config, phase.sequence, gpu, software, {} if known is None else known)
     rank, micro_batches = work.rank, _micro_batches(config, phase, world)
-    stages = _letters(config)
+    stages = letters_of(config.model.pattern, cut.pipeline, cut.virtual_pipeline, cut.pipeline_layers)
     held = _held(config.model, cut, [work.parameters(letters) for letters in stages])
     totals = [work.seconds(letters) for letters in stages]
     slowest = max(range(cut.pipeline), key=totals.__getitem__)
@@ -127,24 +127,10 @@ def step(config, phase, world, gpu, software=None, known=None):
     )
 
 
-def at_least(config, phase, world, gpu, known=None):
-    """A bound from below of `step`'s seconds, sooner known: nothing once a step."""
-    work = _work_of(config, phase.sequence, gpu, None, {} if known is None else known)
-    totals = [work.seconds(letters) for letters in _letters(config)]
-    return passes(_micro_batches(config, phase, world), max(totals), sum(totals), config.parallel.virtual_pipeline)
-
-
 def passes(micro_batches, slowest, together, virtual_pipeline):
     """Seconds of all micro-batches' passes, of what one takes on the slowest pipeline rank and on all together. It grows
     with both."""
     return micro_batches * slowest + (together - slowest) / virtual_pipeline
-
-
-def network(config, phase, world, gpu, known):
-    """(seconds of a micro-batch on all pipeline ranks together, of the heads, which one rank has)."""
-    work = _work_of(config, phase.sequence, gpu, None, known)
-    (letters,) = _stages(config.model.pattern, 1, 1, None)
-    return work.seconds(letters), work.seconds(letters[letters.index("/") :])
 
 
 def _held(model, cut, half_blocks):
@@ -166,14 +152,9 @@ def _micro_batches(config, phase, world):
     return phase.positions_per_step // (phase.sequence * config.micro_batch * check.data_size(config, world))
 
 
-def _letters(config):
-    """The half-blocks of each pipeline rank, sorted; the last rank's end with `/` and the MTP head's."""
-    cut = config.parallel
-    return _stages(config.model.pattern, cut.pipeline, cut.virtual_pipeline, cut.pipeline_layers)
-
-
 @cache
-def _stages(pattern, pipeline, virtual_pipeline, pipeline_layers):
+def letters_of(pattern, pipeline, virtual_pipeline, pipeline_layers=None):
+    """The half-blocks of each pipeline rank, sorted; the last rank's end with `/` and the MTP head's."""
     cut = Parallel(pipeline=pipeline, virtual_pipeline=virtual_pipeline, pipeline_layers=pipeline_layers)
     main, _, mtp = layout.stage_pattern(pattern, cut).partition("/")
     chunks = main.split("|")
@@ -188,19 +169,19 @@ def _counted(letters):
     return tuple(Counter(main).items()), bool(last), mtp
 
 
-def _work_of(config, sequence, gpu, software, known):
-    """The _Work of a layout; those that differ in their pipeline or world only have one."""
+def work_of(config, sequence, gpu, software, known):
+    """The Work of a layout; those that differ in their pipeline or world only have one. `known` keeps them."""
     cut = config.parallel
     plain = (cut.tensor, cut.sequence_parallel, cut.context, cut.context_deltanet, config.micro_batch)
     plain = (*plain, config.recompute, config.precision.compute, config.precision.fp8)
     key = (*plain, cut.expert, cut.expert_tensor)
     if key not in known:
         rank = Rank(config, sequence, gpu, software or software_of(config))
-        known[key] = _Work(rank, config.recompute, known.setdefault(plain, {}))
+        known[key] = Work(rank, config.recompute, known.setdefault(plain, {}))
     return known[key]
 
 
-class _Work:
+class Work:
     """What half-blocks cost one rank, for each micro-batch. Letters of the network's last ones end with `/` and the MTP
     head's.
 

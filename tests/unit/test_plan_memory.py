@@ -206,7 +206,7 @@ def test_rmsnorm_keeps_less_on_cuda():
 
 
 def test_micro_batches_in_flight():
-    chunk = memory.Chunk({"dense": 10}, 13)
+    chunk = memory.Chunk({"dense": 10}, 10, 13)
 
     def flight(stages, rank, chunks, count):
         row = activations.Row.of(other("*-", parallel={"pipeline": stages}), config_for(tiny_model()).phases[0])
