@@ -240,7 +240,7 @@ class Costs:
         )
 
     def needs(self, config):
-        """Bytes of the fullest rank."""
+        """Bytes of the fullest rank of a configuration that `check` has nothing against."""
         key = config.parallel, config.precision.compute
         if key not in self.held:
             self.held[key] = shards.held(config, self.world)

@@ -57,7 +57,7 @@ def per_rank(config, world, *, imbalance=IMBALANCE, kernels=activations.CUDA, he
         config: `config.schema.Config`. world: number of ranks.
         imbalance: positions that the busiest rank's experts get, over the mean.
         kernels: whose operations run, `activations.CUDA` or `.CPU`.
-        held: `shards.held`, where it is known.
+        held: `shards.held`, where it is known; then the configuration counts as checked.
 
     Returns:
         dict for JSON: `world`, `phase`, `imbalance`, and for each pipeline rank in `stages` {"layers": a string per
@@ -68,8 +68,9 @@ def per_rank(config, world, *, imbalance=IMBALANCE, kernels=activations.CUDA, he
     Raises:
         ProblemsError: of the configuration.
     """
-    check(config, world)
-    held = held or shards.held(config, world)
+    if held is None:
+        check(config, world)
+        held = shards.held(config, world)
     found = [_phase(config, world, phase, held, imbalance, kernels) for phase in config.phases]
     return max(found, key=needed)
 
