@@ -98,10 +98,6 @@ def step(config, phase, world, gpu, software=None, known=None):
     Raises:
         BorealError: the table has no rates for this GPU.
     """
-    if gpu.rates is None:
-        raise BorealError(
-            "this GPU has no rates; copy the section `rates` of h100 in plan/hardware.yaml to its entry and change it"
-        )
     cut = config.parallel
     work = work_of(config, phase.sequence, gpu, software, {} if known is None else known)
     rank, micro_batches = work.rank, _micro_batches(config, phase, world)
@@ -128,8 +124,8 @@ def step(config, phase, world, gpu, software=None, known=None):
 
 
 def passes(micro_batches, slowest, together, virtual_pipeline):
-    """Seconds of all micro-batches' passes, of what one takes on the slowest pipeline rank and on all together. It grows
-    with both."""
+    """Seconds of all micro-batches' passes, of what one takes on the slowest pipeline rank and on all together; neither
+    makes it less by growing."""
     return micro_batches * slowest + (together - slowest) / virtual_pipeline
 
 
@@ -170,7 +166,15 @@ def _counted(letters):
 
 
 def work_of(config, sequence, gpu, software, known):
-    """The Work of a layout; those that differ in their pipeline or world only have one. `known` keeps them."""
+    """The Work of a layout; those that differ in their pipeline or world only have one. `known` keeps them.
+
+    Raises:
+        BorealError: the table has no rates for this GPU.
+    """
+    if gpu.rates is None:
+        raise BorealError(
+            "this GPU has no rates; copy the section `rates` of h100 in plan/hardware.yaml to its entry and change it"
+        )
     cut = config.parallel
     plain = (cut.tensor, cut.sequence_parallel, cut.context, cut.context_deltanet, config.micro_batch)
     plain = (*plain, config.recompute, config.precision.compute, config.precision.fp8)

@@ -125,6 +125,8 @@ def test_what_is_impossible_names_the_nearest(tmp_path):
         layouts.search(dense, 1, H100.model_copy(update={"memory_gib": least - 0.1}))
     with pytest.raises(BorealError, match="no phase is called contxt; the run has: run"):
         layouts.search(tiny(), 1, H100, names=["contxt"])
+    with pytest.raises(BorealError, match="no rates; copy the section"):
+        layouts.search(tiny(), 1, H100.model_copy(update={"rates": None}))
     with pytest.raises(BorealError, match="neither a file nor a preset; presets: tiny"):
         from boreal_megatron.cli import parser
 
