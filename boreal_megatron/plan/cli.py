@@ -137,6 +137,14 @@ def say(args, found, text, explanation):
         print("\n\n".join([text, explanation] if args.explain else [text]))
 
 
+def write(path, text):
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise BorealError(f"--out {path} cannot be written: {error.strerror}; choose another file") from error
+
+
 def plan_params(args):
     from boreal_megatron.plan import params
 
@@ -167,8 +175,7 @@ def plan_layouts(args):
         words = ["boreal plan layouts", *args.config, f"--gpus {args.gpus} --gpu {args.gpu}"]
         words += ["--phase", *args.phase] if args.phase else []
         words += [f"--sequence {args.sequence} --step {args.step}"] if preset(args.config) else []
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write(report.overlay(answer, " ".join(words)))
+        write(args.out, report.overlay(answer, " ".join(words)))
     say(args, answer, report.table(answer), report.explanation(answer, gpu))
 
 
@@ -177,9 +184,8 @@ def plan_calibrate(args):
 
     found = calibrate.calibrate(args.folder, hardware.gpu(args.gpu, args.hardware))
     if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write(f"# boreal plan calibrate {args.folder} --gpu {args.gpu}\n")
-            file.write(hardware.with_factors(args.gpu, found["factors"], args.hardware))
+        first = f"# boreal plan calibrate {args.folder} --gpu {args.gpu}\n"
+        write(args.out, first + hardware.with_factors(args.gpu, found["factors"], args.hardware))
     say(args, {"run": args.folder, "gpu": args.gpu, **found}, calibrate.table(found), calibrate.EXPLAIN)
 
 

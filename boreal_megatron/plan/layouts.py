@@ -17,7 +17,7 @@ from typing import NamedTuple
 from boreal_megatron.config import check, phases, rules
 from boreal_megatron.config.rules import CONTEXT, DELTANET, EXPERT, EXPERT_TENSOR, PIPELINE, SEQUENCE_PARALLEL
 from boreal_megatron.config.rules import TENSOR, VIRTUAL, divisors
-from boreal_megatron.config.schema import Precision
+from boreal_megatron.config.schema import Parallel, Precision
 from boreal_megatron.errors import BorealError
 from boreal_megatron.plan import memory, shards, time
 
@@ -90,7 +90,8 @@ def search(config, world, gpu, top=5, names=None, doublings=4):
         Found.
 
     Raises:
-        BorealError: no layout can run (it names the nearest numbers of GPUs on which one can), or none fits.
+        BorealError: no layout can run (it names the nearest numbers of GPUs on which one can, or what to change where
+            there are none), or none fits.
     """
     rejected, queue, smallest = {}, [], None
     costs = Costs(config, world, gpu, names)
@@ -106,6 +107,7 @@ def search(config, world, gpu, top=5, names=None, doublings=4):
     for chosen in _possible(config, world, gpu, rejected, list(best)):
         consider(chosen)
     if not any(chosen["precision"] == config.precision for _, _, chosen, _ in queue):
+        check.check(config.model_copy(update={"parallel": Parallel(), "micro_batch": 1}), 1)  # wrong on any number of GPUs
         raise BorealError(_impossible(config, world, gpu, rejected))
     while queue and any(len(best[p]) < wanted[p] for p in best):
         _, ticket, chosen, looked = heapq.heappop(queue)

@@ -114,7 +114,7 @@ def test_one_gpu_has_one_layout(capsys):
     assert "DP1" in shown and "half of them in bags of 4" in shown and "not calibrated" in shown
 
 
-def test_what_is_impossible_names_the_nearest(tmp_path):
+def test_what_is_impossible_names_the_nearest(tmp_path, capsys):
     with pytest.raises(BorealError, match=r"no layout for 5 GPUs(.|\n)*nearest number of GPUs that has one: 4, 6$"):
         layouts.search(tiny(), 5, H100)
     with pytest.raises(BorealError, match=r"fits into 0.5 GiB; the smallest needs \d+\.\d GiB .*: take GPUs with more"):
@@ -125,6 +125,8 @@ def test_what_is_impossible_names_the_nearest(tmp_path):
         layouts.search(dense, 1, H100.model_copy(update={"memory_gib": least - 0.1}))
     with pytest.raises(BorealError, match="no phase is called contxt; the run has: run"):
         layouts.search(tiny(), 1, H100, names=["contxt"])
+    with pytest.raises(BorealError, match=r"configuration: 1 problem\n.*sequence=4095 does not divide .*; nearest: 1024, 2048, 4096"):
+        layouts.search(config_of("tiny", sequence=4095, step=8 * 4096), 4, H100)
     with pytest.raises(BorealError, match="no rates; copy the section"):
         layouts.search(tiny(), 1, H100.model_copy(update={"rates": None}))
     with pytest.raises(BorealError, match="neither a file nor a preset; presets: tiny"):
@@ -132,6 +134,9 @@ def test_what_is_impossible_names_the_nearest(tmp_path):
 
         args = parser().parse_args(["plan", "layouts", "boreal-11b", "--gpus", "8"])
         args.run(args)
+    words = ["plan", "layouts", "tiny", "--gpus", "1", "--sequence", "4096", "--step", "32768"]
+    assert main([*words, "--out", str(tmp_path / "no" / "x.yaml")]) == 1
+    assert "x.yaml cannot be written: No such file or directory" in capsys.readouterr().err
 
 
 def test_software_is_the_configurations(capsys):
