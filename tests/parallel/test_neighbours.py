@@ -34,7 +34,7 @@ def test_every_suggestion_runs(corpus, tmp_path):
             ranks = values.pop("world", world)
             text = f"{name} {' '.join(written(mend))}"
             plan[ranks].append(case(tmp_path, config, text, [*written(values), *SHORT]))
-    output = launch(plan, tmp_path, timeout=1500)
+    output = launch(plan.items(), tmp_path, timeout=1500)
     for one in (one for some in plan.values() for one in some):
         assert Path(one["out"]).exists(), (one["name"], output[-4000:])
         assert metrics(one["run"]).keys() == {1, 2}, one["name"]

@@ -274,7 +274,7 @@ from boreal_megatron.model.gated_deltanet import GatedDeltaNet
 original = GatedDeltaNet.forward
 
 def slow(self, *args, **kwargs):
-    time.sleep(0.2 if os.environ["RANK"] == "1" else 0)
+    time.sleep(0.8 if os.environ["RANK"] == "1" else 0)
     return original(self, *args, **kwargs)
 
 GatedDeltaNet.forward = slow
