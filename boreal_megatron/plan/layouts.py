@@ -90,9 +90,10 @@ def search(config, world, gpu, top=5, names=None, doublings=4):
         Found.
 
     Raises:
-        BorealError: no layout can run (it names the nearest numbers of GPUs on which one can, or what to change where
-            there are none), or none fits.
+        ProblemsError: of the configuration, on any number of GPUs.
+        BorealError: no layout can run (it names the nearest numbers of GPUs on which one can), or none fits.
     """
+    check.check(config.model_copy(update={"parallel": Parallel(), "micro_batch": 1}), 1)  # wrong on any number of GPUs
     rejected, queue, smallest = {}, [], None
     costs = Costs(config, world, gpu, names)
     best = {precision: [] for precision in precisions(config, rejected)}
@@ -107,7 +108,6 @@ def search(config, world, gpu, top=5, names=None, doublings=4):
     for chosen in _possible(config, world, gpu, rejected, list(best)):
         consider(chosen)
     if not any(chosen["precision"] == config.precision for _, _, chosen, _ in queue):
-        check.check(config.model_copy(update={"parallel": Parallel(), "micro_batch": 1}), 1)  # wrong on any number of GPUs
         raise BorealError(_impossible(config, world, gpu, rejected))
     while queue and any(len(best[p]) < wanted[p] for p in best):
         _, ticket, chosen, looked = heapq.heappop(queue)

@@ -127,6 +127,8 @@ def test_what_is_impossible_names_the_nearest(tmp_path, capsys):
         layouts.search(tiny(), 1, H100, names=["contxt"])
     with pytest.raises(BorealError, match=r"configuration: 1 problem\n.*sequence=4095 does not divide .*; nearest: 1024, 2048, 4096"):
         layouts.search(config_of("tiny", sequence=4095, step=8 * 4096), 4, H100)
+    with pytest.raises(BorealError, match=r"model.moe: missing, but model.pattern has E"):
+        layouts.search(load([CONFIGS / "boreal_250m.yaml"], ["model.pattern=2x(*-GEG-G-)"]), 8, H100)
     with pytest.raises(BorealError, match="no rates; copy the section"):
         layouts.search(tiny(), 1, H100.model_copy(update={"rates": None}))
     with pytest.raises(BorealError, match="neither a file nor a preset; presets: tiny"):

@@ -2,8 +2,12 @@
 
 import gc
 import math
+import os
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,3 +166,37 @@ def test_chunks_that_cut_columns_and_odd_strides(tmp_path, monkeypatch, block):
     del ours._entries["x"].chunks[2]
     with pytest.raises(ValueError, match="38 of the 48 numbers"):
         ours("x")
+
+
+LARGE_PAGES = """
+import contextlib, sys
+from pathlib import Path
+from boreal_megatron.convert.export import export
+from boreal_megatron.convert.importer import import_hf
+from boreal_megatron.errors import BorealError
+
+runs = {"export": lambda: export("missing", "out"), "import": lambda: import_hf("missing", "out", None), "neither": lambda: 0}
+with contextlib.suppress(BorealError):
+    runs[sys.argv[1]]()
+
+import torch
+
+tensor = torch.empty(1 << 26)
+middle, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    first = line.split()[0]
+    if "-" in first and not first.endswith(":"):
+        begin, end = (int(number, 16) for number in first.split("-"))
+        inside = begin <= middle < end
+    elif inside and first == "VmFlags:":
+        print("hg" in line.split())
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without large pages")
+@pytest.mark.parametrize(("what", "large"), [("export", "True"), ("import", "True"), ("neither", "False")])
+def test_large_pages_are_asked_for(what, large):
+    """Before torch's first tensor, also with all that an import loads."""
+    command = [sys.executable, "-W", "ignore", "-c", LARGE_PAGES, what]
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    assert subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.split() == [large]
