@@ -210,8 +210,8 @@ def test_two_ranks_equal_one(normal, tmp_path):
         mp.spawn(_shard, args=(str(tmp_path / "store"), data, results), nprocs=2)
         ranks = [{name: [torch.tensor(x) for x in values] for name, values in results[r].items()} for r in (0, 1)]
 
-    def close(x, y):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    def close(x, y):  # products of half as many columns round in another order
+        assert (x - y).norm() <= 1e-6 * y.norm(), (x - y).norm() / y.norm()
 
     for name, weights in (("weighted", w), ("plain", None)):
         z = logits.clone().requires_grad_()

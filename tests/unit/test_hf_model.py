@@ -335,7 +335,8 @@ def test_loss_and_optional_outputs(decoder):
         loss, *_ = decoder(ids, labels=labels, return_dict=False)
     expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert abs(out.loss - expected) < 1e-6 and torch.equal(loss, out.loss)
-    assert torch.equal(last, out.logits[:, -1:])
+    assert last.shape == (2, 1, MODEL.vocab_size)
+    assert difference(last, out.logits[:, -1:]) < 1e-6  # a product of fewer rows may round otherwise
     assert len(out.hidden_states) == 5  # the embedding and four layers
     assert difference(decoder.lm_head(out.hidden_states[-1]), out.logits) < 1e-6
 

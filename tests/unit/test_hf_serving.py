@@ -122,7 +122,8 @@ def test_padding_in_training(side):
 
     poisoned = ids.where(mask == 1, 23)
     real = mask == 1
-    assert torch.equal(*(full(decoder, x, attention_mask=mask)[real] for x in (ids, poisoned)))
+    # Other padding goes to other experts, whose products then have other numbers of rows, and may round otherwise.
+    assert difference(*(full(decoder, x, attention_mask=mask)[real] for x in (ids, poisoned))) < 1e-6
     if side == "left":
         assert difference(*(full(decoder, x)[real] for x in (ids, poisoned))) > 1e-2, "padding that nothing notices"
 
