@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT / "examples/quickstart"))
 
 
 def pytest_addoption(parser):
+    parser.addoption("--imagined-cuda", action="store_true", help="layouts on devices of tests/support/imagined_cuda.py")
     parser.addoption("--layout-results", metavar="FOLDER", help="write what the layout bench measured to layouts.json there")
 
 

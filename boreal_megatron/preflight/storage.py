@@ -10,7 +10,8 @@ import time
 from boreal_megatron.plan import params
 from boreal_megatron.preflight.finding import Finding
 
-BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
+MEBIBYTE = 1 << 20
+BYTES = {"cuda": 256 * MEBIBYTE, "cpu": 4 * MEBIBYTE}
 STATE = 16  # bytes a parameter in a checkpoint: weight, master weight and two moments, at most 4 each
 PATIENCE = datetime.timedelta(seconds=60)  # for a file to appear on other hosts
 SHARED = "preflight-shared.tmp"
@@ -56,7 +57,8 @@ def clean(folder):
 def write_and_read(here):
     """Rates of a flushed write and of a read that does not come from memory, and whether the bytes are the same."""
     size = BYTES[here.mesh.device.type]
-    data = random.Random(here.mesh.rank).randbytes(size)
+    numbers = random.Random(here.mesh.rank)
+    data = b"".join(numbers.randbytes(MEBIBYTE) for _ in range(size // MEBIBYTE))  # at once, up to 256 of them
     path = here.folder / f"preflight-{here.mesh.rank}.tmp"
     try:
         began = time.perf_counter()

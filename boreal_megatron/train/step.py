@@ -95,7 +95,7 @@ def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):
 
     Returns:
         (losses [4] FP32 of `head.Losses`, summed over the global batch, on every rank;
-        loads [MoE layers, experts] of the whole network, or None without experts and in evaluation).
+        loads [MoE layers, experts] of the whole network, on the host, or None without experts and in evaluation).
     """
     wrapped[0].config.moe_router_bias_update_rate = phase.router_bias_rate  # one config for all chunks
     for chunk in wrapped:
@@ -129,11 +129,12 @@ def forward_backward(config, wrapped, mesh, phase, batches, *, train=True):
 
 
 def _all_stages(loads, mesh):
-    """The expert loads of every pipeline stage's chunks, in the network's order, on every rank."""
-    stages = [loads]
+    """The expert loads of every pipeline stage's chunks, in the network's order, on every rank, in the host's memory:
+    a device's tensor would arrive at the other ranks as one of the device that it left."""
+    stages = [[None if chunk is None else chunk.cpu() for chunk in loads]]
     if mesh.groups.pp.size() > 1:
-        stages = [None] * mesh.groups.pp.size()
-        dist.all_gather_object(stages, loads, group=mesh.groups.pp)
+        mine, stages = stages[0], [None] * mesh.groups.pp.size()
+        dist.all_gather_object(stages, mine, group=mesh.groups.pp)
     # The first chunks of all stages come before the second ones.
     found = [stage[number] for number in range(len(loads)) for stage in stages if stage[number] is not None]
     return torch.cat(found) if found else None

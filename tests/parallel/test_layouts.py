@@ -63,7 +63,9 @@ def bench(corpus, tmp_path_factory, request):
         plan((FAULTY[fault][0], fault), FAULTY[fault][0], first, FAULTY[fault][0], fault=fault)
     for before, after in pairs:
         plan((before, after), after, then, f"{before} to {after}", source=cases[before], start=SWITCH)
-    output = launch([(1, list(references.values())), *first.items(), *then.items()], folder, timeout=3000)
+    plan = [(1, list(references.values())), *first.items(), *then.items()]
+    imagined = request.config.getoption("--imagined-cuda")
+    output = launch(plan, folder, timeout=3000, devices=["tests.support.imagined_cuda"] if imagined else [])
     assert all(Path(r["out"]).exists() for r in references.values()), output[-6000:]
 
     def result(key, cell):

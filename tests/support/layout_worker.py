@@ -4,7 +4,7 @@
 
 PLAN.json: a list of {"world", "cases": [{"name", "config": [file, overrides..], "fault": name or null, "out": file,
 "run": folder, "source": the run of an earlier case or null, "start": the step to go on from, 0 for none}]}.
-The cases of a world run one after another in the same gloo processes; these are forks of one that has imported
+The cases of a world run one after another in the same processes; these are forks of one that has imported
 everything, because importing megatron-core takes longer than a run. A run is `boreal train`'s own loop, and
 tests/support/record.py saves what it computed.
 """
@@ -43,16 +43,17 @@ def main(plan):
 def run(rank, world, cases, folder):
     """One rank. An exception ends all ranks of this world: the others may be waiting for this one."""
     import torch.distributed as dist
-    from boreal_megatron import parallel
+    from boreal_megatron import parallel, platform
     from boreal_megatron.config.load import load
     from boreal_megatron.train import loop
     from tests.support.faults import FAULTS
     from tests.support.record import recorded
 
+    os.environ["LOCAL_RANK"] = str(rank)
     for number, case in enumerate(cases):
         began = time.perf_counter()
         store = dist.FileStore(os.path.join(folder, str(number)), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group(platform.current().backend, store=store, rank=rank, world_size=world)
         if rank == 0:
             prepare(case)
         dist.barrier()

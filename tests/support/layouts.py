@@ -31,6 +31,7 @@ RUN = {
         {"name": "superposition", "until_steps": SWITCH, "bag_size": 4, "sequence": 96, "positions_per_step": 384},
         {"name": "recovery", "until_steps": STEPS, "sequence": 96, "positions_per_step": 384},
     ],
+    "kernels": {"delta_rule": "torch", "others": "torch"},  # what a CPU takes, also where a device is imagined
 }
 
 # name -> overrides of the run that one process makes.
@@ -136,12 +137,15 @@ FAULTY = {
 }
 
 
-def launch(plan, folder, timeout):
-    """Run [(world, cases)] in one program; each record is then at its case's `out`. Returns what was printed."""
+def launch(plan, folder, timeout, devices=()):
+    """Run [(world, cases)] in one program; each record is then at its case's `out`. Returns what was printed.
+
+    `devices`: the module that runs the program on devices that are not here, or nothing.
+    """
     file = folder / "plan.json"
     file.write_text(json.dumps([{"world": world, "cases": cases} for world, cases in plan]))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.layout_worker", str(file)],
+        [sys.executable, "-m", *devices, "tests.support.layout_worker", str(file)],
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
     )  # fmt: skip
     return done.stdout

@@ -98,7 +98,7 @@ def gradients(wrapped):
 def gathered(wrapped, mesh, record, part=lambda shard: shard):
     """{checkpoint name: full FP32 tensor} on rank 0, from every rank's shards; copies are compared on the way."""
     mine = [
-        (s.key, s.global_shape, s.global_offset, s.prepend_axis_num, values.detach().float().clone())
+        (s.key, s.global_shape, s.global_offset, s.prepend_axis_num, values.detach().float().cpu().clone())
         for chunk in wrapped
         for s in init.shards(chunk.module, mesh)
         if (values := part(s.data)) is not None

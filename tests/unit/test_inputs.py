@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.unit.test_preprocess import DOCUMENTS, ROOT, folder, jsonl, outputs, run, tokenizer  # noqa: F401
 
@@ -248,15 +248,20 @@ LINES_OF_ALL_KINDS = st.one_of(
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(LINES_OF_ALL_KINDS, max_size=12))
+@example([b"\xef\xbb\xbf", b'{"text": "after a mark alone"}'])
+@example([b'\xef\xbb\xbf{"text": "after a mark"}', b'\xef\xbb\xbf{"text": "a mark within a file"}'])
+@example([b"\xef\xbb\xbf{", b'{"text": "after a bad one"}'])
 def test_every_line_becomes_a_document_or_is_named(folder, tokenizer, tmp_path_factory, lines):  # noqa: F811
     """Whatever the bytes: no line is lost, none is read twice, and what gave no document is kept byte for byte."""
     tmp_path = tmp_path_factory.mktemp("fuzz")
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) or b"\n")
-    lines = b"\n".join(lines).split(b"\n")  # a line of random bytes may be several
     texts, bad = [], []
-    for line in filter(bytes.strip, lines):
+    for number, line in enumerate(b"\n".join(lines).split(b"\n")):  # a line of random bytes may be several
+        body = line if number else line.removeprefix(b"\xef\xbb\xbf")
+        if not body.strip():
+            continue
         try:
-            text = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())["text"]
+            text = json.loads(body.decode())["text"]
             assert text and text.encode()
             texts.append(text)
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError):

@@ -1,0 +1,82 @@
+"""The program on CUDA devices that are only imagined (tests/support/imagined_cuda.py): it computes a CPU's bits, tensors
+of two devices never meet, and the host waits for the device where it is known to, and nowhere else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tests.support.launch import ROOT, boreal, digests, environment, metrics, write_config
+
+KERNELS = {"delta_rule": "torch", "others": "torch", "experts": "grouped_mm"}
+PHASES = [
+    {"name": "superposition", "until_steps": 1, "bag_size": 4, "sequence": 96, "positions_per_step": 192},
+    {"name": "recovery", "until_steps": 2, "sequence": 96, "positions_per_step": 192},
+]
+
+
+def config(corpus, folder):
+    changes = dict(precision="bf16", kernels=KERNELS, phases=PHASES)
+    return write_config(folder / "config.yaml", corpus, folder / "run", **changes)
+
+
+@pytest.fixture(scope="module")
+def found(corpus, tmp_path_factory):
+    """What tests/support/imagined_worker.py found; `state` and `losses` of its run, `cpu` those of the same run here."""
+    folder, here = tmp_path_factory.mktemp("imagined"), tmp_path_factory.mktemp("cpu")
+    out = folder / "found.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.support.imagined_worker", str(config(corpus, folder)), str(out)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
+    text = boreal(1, "train", config(corpus, here))
+    return json.loads(out.read_text()) | {"state": state(run.stdout, folder), "cpu": state(text, here), "said": run.stdout}
+
+
+def state(text, folder):
+    """Digests and losses of a run; random numbers, which a device draws from a stream of its own, left out."""
+    digest = [part for part in digests(text) if not part.startswith("rng=")]
+    return digest, [(m["loss"], m["mtp_loss"], m["gradient_norm"]) for m in metrics(folder / "run").values()]
+
+
+def test_devices_that_are_imagined_refuse_what_devices_refuse(found):
+    assert found["device"] == "cuda:0"
+    assert not [mistake for mistake, message in found["noticed"].items() if message is None]
+
+
+def test_a_run_has_a_cpus_bits(found):
+    assert "experts: grouped_mm" in found["said"] and "optimizer: torch" in found["said"]
+    assert found["state"] == found["cpu"] and len(found["state"][0]) == 3 and len(found["state"][1]) == 2
+
+
+def test_kernels_wait_for_nothing(found):
+    assert len(found["kernels"]) == 5 and not any(found["kernels"].values())
+
+
+def test_a_step_waits_where_it_has_to(found):
+    """For what is said or decided between steps, and for the dispatcher of the experts, once a layer; not within the
+    network, its loss or its optimizer."""
+    assert found["step"] == [
+        ["boreal_megatron/acceptance/parts.py", "the device", 2],  # that is the stop-watch
+        ["boreal_megatron/train/step.py", "a copy to the host", 1],  # what the experts were given
+        ["boreal_megatron/train/step.py", "aten::_local_scalar_dense", 1],  # who waited longest for data
+        ["boreal_megatron/train/step.py", "tolist", 1],  # the losses
+        ["megatron/core/optimizer/clip_grads.py", "aten::_local_scalar_dense", 1],  # the gradients' norm
+        ["megatron/core/transformer/moe/token_dispatcher.py", "an event", 1],
+    ]
+
+
+def test_the_acceptance_measures(found):
+    """What only a device has is there, and what was not measured says why."""
+    rows = found["acceptance"]
+    assert not [row for row in rows if row["status"] == "FAIL"]
+    measured = {row["what"] for row in rows if row["measured"] is not None}
+    for what in ("peak memory", "MFU of the bf16 peak", "share of gdn", "planned memory"):
+        assert {f"bf16, bags of {bag}: {what}" for bag in (1, 4)} <= measured, what
+    assert not [row for row in rows if row["measured"] is None and "transformer_engine" not in row["why"]]
+
+
+def test_preflight_fails_by_speed_alone(found):
+    failed = {(row["check"], row["name"]) for row in found["preflight"] if row["ok"] is False}
+    assert failed == {("speed", "matrix product"), ("speed", "memory copy")}
