@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from tests.support.launch import ROOT, boreal, digests, environment, metrics, write_config
+from tests.support.launch import MODEL, ROOT, boreal, digests, environment, metrics, write_config
 
+MODEL = MODEL | {"pattern": "*-GEGE / *-"}  # experts on both of two pipeline stages
 KERNELS = {"delta_rule": "torch", "others": "torch", "experts": "grouped_mm"}
 PHASES = [
     {"name": "superposition", "until_steps": 1, "bag_size": 4, "sequence": 96, "positions_per_step": 192},
@@ -16,7 +17,7 @@ PHASES = [
 
 
 def config(corpus, folder):
-    changes = dict(precision="bf16", kernels=KERNELS, phases=PHASES)
+    changes = dict(model=MODEL, precision="bf16", kernels=KERNELS, phases=PHASES)
     return write_config(folder / "config.yaml", corpus, folder / "run", **changes)
 
 
@@ -25,13 +26,20 @@ def found(corpus, tmp_path_factory):
     """What tests/support/imagined_worker.py found; `state` and `losses` of its run, `cpu` those of the same run here."""
     folder, here = tmp_path_factory.mktemp("imagined"), tmp_path_factory.mktemp("cpu")
     out = folder / "found.json"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.support.imagined_worker", str(config(corpus, folder)), str(out)],
+    said = launch(1, "tests.support.imagined_worker", config(corpus, folder), out)
+    text = boreal(1, "train", config(corpus, here))
+    return json.loads(out.read_text()) | {"state": state(said, folder), "cpu": state(text, here), "said": said}
+
+
+def launch(processes, *words):
+    """`python -m WORDS` in one process or under torchrun; what it printed."""
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    done = subprocess.run(
+        [sys.executable, "-m", *(several if processes > 1 else []), *map(str, words)],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
-    text = boreal(1, "train", config(corpus, here))
-    return json.loads(out.read_text()) | {"state": state(run.stdout, folder), "cpu": state(text, here), "said": run.stdout}
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
 
 
 def state(text, folder):
@@ -48,6 +56,21 @@ def test_devices_that_are_imagined_refuse_what_devices_refuse(found):
 def test_a_run_has_a_cpus_bits(found):
     assert "experts: grouped_mm" in found["said"] and "optimizer: torch" in found["said"]
     assert found["state"] == found["cpu"] and len(found["state"][0]) == 3 and len(found["state"][1]) == 2
+
+
+def test_two_ranks_have_a_device_each(found, corpus, tmp_path):
+    """Also what only Python objects carry from one to the other. The same losses, added up in another order."""
+    words = (config(corpus, tmp_path), "parallel.pipeline=2", "micro_batch=1")
+    launch(2, "tests.support.imagined_cuda", "boreal_megatron", "train", *words)
+    losses = [(m["loss"], m["mtp_loss"], m["gradient_norm"]) for m in metrics(tmp_path / "run").values()]
+    assert losses == [pytest.approx(step, rel=1e-3) for step in found["cpu"][1]]
+    assert all(len(m["expert_loads"]) == 2 for m in metrics(tmp_path / "run").values())
+
+
+@pytest.mark.slow
+def test_layouts_equal_one_process():
+    """Those of `make test`, but for grouped experts, which take bf16 on CUDA."""
+    launch(1, "pytest", "tests/parallel/test_layouts.py", "--imagined-cuda", "-m", "not slow", "-k", "not grouped")
 
 
 def test_kernels_wait_for_nothing(found):

@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch._library.custom_ops import OPDEFS
-from torch.nn.attention import bias
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
@@ -350,6 +349,8 @@ def _autograd():
 
 def _masks():
     """Attention's causal masks are a subclass of Tensor in memory that no mode may have seen."""
+    from torch.nn.attention import bias
+
     make, whole = bias.causal_lower_right, bias.CausalBias._materialize
 
     def causal_lower_right(*args):
