@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from boreal_megatron import doctor, parallel
+from boreal_megatron import doctor, parallel, platform
 from boreal_megatron.acceptance.rows import BELOW, FAIL, NOTE, PASS, row
 from boreal_megatron.config.load import parse
 from boreal_megatron.data import batch
@@ -85,8 +85,7 @@ class Bench:
 
     @classmethod
     def here(cls, scale, mesh, folder):
-        name = torch.cuda.get_device_name() if mesh.device.type == "cuda" else ""
-        return cls(scale, mesh, Path(folder), hardware.of_device(name))
+        return cls(scale, mesh, Path(folder), hardware.of_device(platform.current().device_name()))
 
 
 # ---------------------------------------------------------------- a run
@@ -131,17 +130,17 @@ def training(settings, mesh):
     """A network, its optimizer and a function that takes a step and returns (Step, seconds of it)."""
     text(settings.data.sources["bytes"].prefix)
     gc.collect()
-    if mesh.device.type == "cuda":
-        torch.cuda.empty_cache()
+    here = platform.current()
+    here.free_cache()
     with contextlib.closing(Loader(settings, 0, 1, mesh.device)) as loader:
         _, wrapped, optimizer, state = checkpoint.begin(settings, mesh, loader, None)
         now = {"state": state}
 
         def take(**options):
-            synchronize(mesh.device)
+            here.synchronize()
             began = time.perf_counter()
             step = train_step.take(settings, wrapped, optimizer, mesh, loader, now["state"], **options)
-            synchronize(mesh.device)
+            here.synchronize()
             now["state"] = step.state
             return step, time.perf_counter() - began
 
@@ -149,11 +148,6 @@ def training(settings, mesh):
         # The schedule's hooks hold the network in a cycle through autograd; the next one may need the memory.
         hooks = wrapped[0].config
         hooks.grad_scale_func = hooks.finalize_model_grads_func = hooks.no_sync_func = None
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def shares(wrapped, take, mesh):
@@ -202,14 +196,13 @@ def wide(bench):
 
 def timed(bench, part, what, settings):
     """Rows of one configuration's speed and memory."""
-    device, scale = bench.mesh.device, bench.scale
+    scale = bench.scale
     with training(settings, bench.mesh) as (take, wrapped, _, _):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        peak_memory = platform.current().peak_memory()
         for _ in range(scale.warmup):
             take()
         seconds = sorted(take()[1] for _ in range(scale.steps))[scale.steps // 2]
-        peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+        peak = peak_memory() and peak_memory() / GIB
         try:
             kinds, why = shares(wrapped, take, bench.mesh), ""
         except Exception as error:  # must not cost what was measured

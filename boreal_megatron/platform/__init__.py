@@ -1,86 +1,98 @@
 """Where the program runs: CUDA with NCCL, or CPU with gloo. The same model code runs on both.
 
 `current()` picks once, by whether a CUDA device exists, and `Platform.setup()` prepares torch and megatron-core for it.
-Nobody else asks which platform it is. A third one, which a process asks for, only imagines its device and its peers.
+Nobody else asks which platform it is: what differs is a method here. A third one, which a process asks for, only imagines
+its device and its peers.
 """
 
-import os
+import contextlib
 import time
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 
-@dataclass(frozen=True)
 class Platform:
-    """`name` is cpu, cuda or meta, `backend` the collectives library."""
+    """A CPU; the others differ from it. `name` is cpu, cuda or meta, `backend` the collectives library."""
 
-    name: str
-    backend: str
+    name, backend = "cpu", "gloo"
 
     def setup(self):
         """Make megatron-core usable here. Idempotent; call before anything of megatron-core is built."""
-        if self.name == "cpu":
-            from boreal_megatron.platform import cpu
+        from boreal_megatron.platform import cpu
 
-            cpu.install()
-        elif self.name == "meta":
-            from boreal_megatron.platform import meta
-
-            meta.install()
-        else:
-            from boreal_megatron.platform import cuda
-
-            cuda.install(self.device())
+        cpu.install()
 
     def device(self):
-        if self.name == "cuda":
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device(self.name)
 
     def device_name(self):
         """What CUDA calls the device; None elsewhere."""
-        return torch.cuda.get_device_name(self.device()) if self.name == "cuda" else None
+        return None
+
+    def synchronize(self):
+        """Wait until the device has done what it was given; on a CPU operations are done when they return."""
 
     def stamp(self):
         """This point in the device's work, noted without waiting for the device to come there."""
-        if self.name != "cuda":
-            return time.perf_counter()  # operations are done when they return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return time.perf_counter()
 
     def between(self, stamps):
         """Seconds from each of `stamp`'s points to the next; waits for the device to have come to the last."""
-        if self.name != "cuda":
-            return [b - a for a, b in zip(stamps, stamps[1:])]
-        stamps[-1].synchronize()
-        return [a.elapsed_time(b) / 1000 for a, b in zip(stamps, stamps[1:])]
+        return [b - a for a, b in zip(stamps, stamps[1:])]
+
+    def memory(self):
+        """(free, total) bytes of the device; None where it has no memory of its own."""
+        return None
+
+    def peak_memory(self):
+        """A function that says how many bytes were allocated at most since this call; None where nobody counts."""
+        return lambda: None
+
+    def free_cache(self):
+        """Give back what torch keeps of freed memory."""
+
+    def ranges(self):
+        """What shows a stretch of work to nsys, name -> a context manager; None where there is no nsys."""
+        return None
+
+    def captured(self):
+        """A context whose work `nsys profile --capture-range=cudaProfilerApi` captures."""
+        return contextlib.nullcontext()
+
+    def activities(self):
+        """What torch.profiler is to watch."""
+        return [torch.profiler.ProfilerActivity.CPU]
+
+    def memory_history(self, path):
+        """A context after which `path` holds what torch's allocator did in it; nothing where it has no such record."""
+        return contextlib.nullcontext()
+
+    def writes_in_background(self):
+        """Whether NVIDIA's resiliency extension may write checkpoints, where it is installed."""
+        return False
 
     def seed(self, seed):
         """Seed every generator that the model may draw from; model-parallel ranks get megatron-core's streams."""
         from megatron.core import tensor_parallel
 
-        if self.name == "meta":
-            return  # there is nothing to draw into
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        if self.name == "cpu":
-            torch.manual_seed(seed)
+        torch.manual_seed(seed)  # the streams are cut from the same generator
 
     def rng_state(self):
         """Every generator's state, as a dict of byte tensors."""
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-        states = {"torch": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
-        if self.name == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state()
-        return states
+        return {"torch": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
 
     def set_rng_state(self, states):
+        """Go on from what `rng_state` gave. A GPU's generators are of another kind: on another device than theirs,
+        states change nothing."""
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+        if ("cuda" in states) != (self.name == "cuda"):
+            return
         states = dict(states)
         torch.set_rng_state(states.pop("torch"))
         if "cuda" in states:
@@ -95,7 +107,11 @@ def current():
 
 @cache
 def _found():
-    return Platform("cuda", "nccl") if torch.cuda.is_available() else Platform("cpu", "gloo")
+    if not torch.cuda.is_available():
+        return Platform()
+    from boreal_megatron.platform.cuda import Cuda
+
+    return Cuda()
 
 
 _asked = None
@@ -105,9 +121,9 @@ def imagine():
     """From now on this process does no work: its device is the meta device, and the ranks that it talks to are not
     there (`platform/meta.py`). Called before anything else asks for the platform."""
     global _asked
-    from boreal_megatron.platform import meta
+    from boreal_megatron.platform.meta import Imagined
 
-    _asked = Platform("meta", meta.BACKEND)
+    _asked = Imagined()
 
 
 if not torch.cuda.is_available():

@@ -14,9 +14,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 
+from boreal_megatron.platform import Platform
 from boreal_megatron.platform.cpu import CudaNames, functions
 
 BACKEND = "imagined"
+
+
+class Imagined(Platform):
+    name, backend = "meta", BACKEND
+
+    def setup(self):
+        install()
+
+    def seed(self, seed):
+        """There is nothing to draw into."""
 
 
 @cache

@@ -3,16 +3,14 @@
 import hashlib
 import json
 import os
-import platform as python_platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
-import torch
 import torch.distributed as dist
 
-from boreal_megatron import doctor, parallel
+from boreal_megatron import doctor, parallel, platform
 from boreal_megatron.preflight.finding import SAME, Finding
 
 FREE = 0.9  # of the device's memory before anything is allocated; more is another process's
@@ -22,10 +20,9 @@ BARRIERS = 5
 def versions(here):
     """Every installed component, the driver and the kernel: the same on all ranks."""
     found = {row["name"]: row["found"] for row in doctor.examine() if row["found"]}
-    found["linux"] = python_platform.release()
-    if here.mesh.device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name()
-        found["driver"] = driver()
+    found["linux"] = os.uname().release
+    if name := platform.current().device_name():
+        found |= {"device": name, "driver": driver()}
     return [Finding(name, True, value=version, expected=SAME) for name, version in found.items()]
 
 
@@ -117,8 +114,8 @@ def local_world():
 
 def memory(here):
     """Free memory, before this run takes any."""
-    if here.mesh.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
+    if device := platform.current().memory():
+        free, total = device
         share, ok = free / total, free >= FREE * total
         return [
             Finding(

@@ -99,7 +99,7 @@ def right(name, wrong):
 
 def rate(here, name, ranks, call, moved):
     """GB/s of the fastest sample; all ranks take the same number of samples."""
-    gigabytes = moved / seconds(call, here.mesh.device) / 1e9
+    gigabytes = moved / seconds(call) / 1e9
     one_host = len({here.hosts[rank] for rank in ranks}) == 1
     link = here.gpu and (here.gpu.nvlink if one_host else here.gpu.nic)
     return held(name, gigabytes, "GB/s", link, FRACTIONS)

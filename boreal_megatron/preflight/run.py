@@ -129,7 +129,7 @@ def start(config, folder, store, patience, name):
         folder=folder,
         alone=torch.distributed.new_group([rank], use_local_synchronization=True),
         store=store,
-        gpu=hardware.of_device(torch.cuda.get_device_name()) if mesh.device.type == "cuda" else None,
+        gpu=hardware.of_device(platform.current().device_name()),
         hosts=hosts,
     )
 

@@ -4,12 +4,14 @@ import time
 
 import torch
 
+from boreal_megatron import platform
 from boreal_megatron.preflight.finding import Finding
 
 # Shares of the data sheet's figure (`plan/hardware.yaml`) from which on a rate passes. Good devices reach about 0.7 of
 # the matrix peak and 0.9 of the memory's in public measurements; ours on a GPU: not measured.
 FRACTIONS = {"matrix product": 0.55, "memory copy": 0.75}
 SIDE = {"cuda": 8192, "cpu": 512}  # of the square matrices
+DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 COPIED = {"cuda": 1 << 30, "cpu": 32 << 20}  # bytes
 SAMPLES, CALLS, AGAIN = 5, 4, 20
 
@@ -19,10 +21,10 @@ def rates(here):
     device = here.mesh.device
     side, moved = SIDE[device.type], COPIED[device.type]
     a, b = (matrix(side, device, seed) for seed in (1, 2))
-    product = 2 * side**3 / seconds(lambda: a @ b, device) / 1e12
+    product = 2 * side**3 / seconds(lambda: a @ b) / 1e12
     source = torch.zeros(moved, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = 2 * moved / seconds(lambda: target.copy_(source), device) / 1e9
+    copy = 2 * moved / seconds(lambda: target.copy_(source)) / 1e9
     gpu = here.gpu
     return [
         held("matrix product", product, "TFLOP/s", gpu and gpu.bf16, FRACTIONS),
@@ -56,24 +58,19 @@ def repeats(here):
 
 def matrix(side, device, seed):
     generator = torch.Generator(device).manual_seed(seed)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = DTYPE[device.type]
     return torch.randn(side, side, generator=generator, device=device).to(dtype)
 
 
-def seconds(call, device):
+def seconds(call):
     """One call of the fastest sample: other work on the machine only makes samples slower."""
     call()
-    best = float("inf")
+    best, here = float("inf"), platform.current()
     for _ in range(SAMPLES):
-        synchronize(device)
+        here.synchronize()
         began = time.perf_counter()
         for _ in range(CALLS):
             call()
-        synchronize(device)
+        here.synchronize()
         best = min(best, (time.perf_counter() - began) / CALLS)
     return best
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()

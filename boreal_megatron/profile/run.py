@@ -131,8 +131,8 @@ def _measure(config, mesh, loader, steps, warmup, partial, progress):
 
     for _ in range(warmup):
         take()
-    clock, each = timers.Clock(wrapped, mesh, trace.annotation(mesh.device)), []
-    with trace.nsys_range(mesh.device):
+    clock, each = timers.Clock(wrapped, mesh, platform.current().ranges()), []
+    with platform.current().captured():
         for _ in range(steps):
             dist.barrier()
             seconds = take(clock)
@@ -149,7 +149,7 @@ def _measure(config, mesh, loader, steps, warmup, partial, progress):
     clock = timers.Clock(wrapped, mesh, torch.profiler.record_function)
     beside = None if mesh.rank else partial.parent  # other ranks may not see the folder
     with write_errors(partial), tempfile.TemporaryDirectory(dir=beside, prefix=partial.name) as raw_folder:
-        raw = trace.record(lambda: each.append((take(clock), clock.spans())), Path(raw_folder), mesh.device)
+        raw = trace.record(lambda: each.append((take(clock), clock.spans())), Path(raw_folder))
         seen = trace.Trace(raw, {name: kind for kind, name, _ in clock.taken})
         seconds, spans = each[-1]
         mine["traced"] = {"kinds": timers.by_kind(spans, seconds), "collectives": seen.collectives()}

@@ -8,34 +8,16 @@ from collections import defaultdict
 
 import torch
 
+from boreal_megatron import platform
 from boreal_megatron.errors import STORAGE, BorealError
 
 MICRO = 1e-6
 TRACK = 2**30  # a thread number that no process has; operators and layers need not nest, so layers get their own
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}  # what a GPU does, in the profiler's words
 TRACE, MEMORY, SNAPSHOT = "trace.json.gz", "memory.json", "memory.pickle"
-SNAPSHOT_ENTRIES = 200_000
 
 
-def annotation(device):
-    """What shows a stretch of a step to nsys (name -> a context manager), or None where there is no nsys."""
-    return torch.cuda.nvtx.range if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def nsys_range(device):
-    """What `nsys profile --capture-range=cudaProfilerApi` captures."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.profiler.start()
-    try:
-        yield
-    finally:
-        torch.cuda.profiler.stop()
-
-
-def record(take, folder, device):
+def record(take, folder):
     """Take two steps under torch.profiler, the first to warm it up; leave the raw trace of the second and, on a GPU,
     the allocator's snapshot.
 
@@ -45,18 +27,13 @@ def record(take, folder, device):
     Returns:
         path of the raw trace.
     """
-    raw, activities = folder / "trace.json", [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+    raw, here = folder / "trace.json", platform.current()
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=1)
-    with torch.profiler.profile(activities=activities, schedule=schedule, profile_memory=True) as profiler:
+    options = dict(activities=here.activities(), schedule=schedule, profile_memory=True)
+    with here.memory_history(folder / SNAPSHOT), torch.profiler.profile(**options) as profiler:
         take()
         profiler.step()
         take()
-    if device.type == "cuda":
-        torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))
-        torch.cuda.memory._record_memory_history(enabled=None)
     profiler.export_chrome_trace(str(raw))
     return raw
 

@@ -161,7 +161,7 @@ class Saver:
 
 def _background():
     """megatron-core's name of the way to save in the background, and its queue."""
-    if platform.current().name == "cuda" and nvrx.is_nvrx_min_version() and nvrx.has_nvrx_async_support():
+    if platform.current().writes_in_background() and nvrx.is_nvrx_min_version() and nvrx.has_nvrx_async_support():
         from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncCallsQueue
 
         return "nvrx", AsyncCallsQueue()

@@ -58,6 +58,12 @@ def test_a_run_has_a_cpus_bits(found):
     assert found["state"] == found["cpu"] and len(found["state"][0]) == 3 and len(found["state"][1]) == 2
 
 
+def test_nothing_is_set_that_nobody_asked_for(found):
+    """Variables that make GPUs faster are `boreal preflight`'s to explain; megatron-core sets three for Transformer
+    Engine's attention."""
+    assert not [name for name in found["environment"] if not name.startswith("NVTE_")]
+
+
 def test_two_ranks_have_a_device_each(found, corpus, tmp_path):
     """Also what only Python objects carry from one to the other. The same losses, added up in another order."""
     words = (config(corpus, tmp_path), "parallel.pipeline=2", "micro_batch=1")
@@ -81,7 +87,7 @@ def test_a_step_waits_where_it_has_to(found):
     """For what is said or decided between steps, and for the dispatcher of the experts, once a layer; not within the
     network, its loss or its optimizer."""
     assert found["step"] == [
-        ["boreal_megatron/acceptance/parts.py", "the device", 2],  # that is the stop-watch
+        ["boreal_megatron/platform/cuda.py", "the device", 2],  # that is the stop-watch
         ["boreal_megatron/train/step.py", "a copy to the host", 1],  # what the experts were given
         ["boreal_megatron/train/step.py", "aten::_local_scalar_dense", 1],  # who waited longest for data
         ["boreal_megatron/train/step.py", "tolist", 1],  # the losses

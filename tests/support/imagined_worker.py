@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import pickle
 import sys
 import tempfile
@@ -108,8 +109,9 @@ def listed():
 
 def main(file, out):
     quiet()
-    found, config = {}, load([file])
+    found, config, before = {}, load([file]), dict(os.environ)
     loop.train(config, world=1)
+    found["environment"] = sorted(name for name in {*before, *os.environ} if os.environ.get(name) != before.get(name))
     parallel.stop()
     mesh = parallel.start(Parallel(), seed=1234)
     found["device"] = str(mesh.device)

@@ -52,7 +52,7 @@ def wrong_gradient():
 
 def slow_device():
     right = speed.seconds
-    speed.seconds = lambda call, device: right(lambda: (time.sleep(0.1), call()), device)
+    speed.seconds = lambda call: right(lambda: (time.sleep(0.1), call()))
 
 
 def corrupt_all_to_all():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from boreal_megatron import platform
 from boreal_megatron.errors import BorealError, ProblemsError
 from boreal_megatron.train import checkpoint, optim, store
 from boreal_megatron.train.state import State, digest
@@ -217,3 +218,15 @@ def test_no_room_is_noticed_before_writing(tmp_path, monkeypatch, mesh):
     with pytest.raises(BorealError, match="0.0 GB free, a checkpoint needs about .*; there is no verified checkpoint"):
         saver.close()
     assert store.latest(tmp_path) is None
+
+
+def test_generators_of_a_gpu_change_nothing_on_a_cpu(mesh):
+    """A GPU's generators have 16 bytes, a CPU's 5,056: a run that goes on elsewhere keeps what it was seeded with."""
+    here = platform.current()
+    before = here.rng_state()
+    here.set_rng_state({name: torch.zeros(16, dtype=torch.uint8) for name in (*before, "cuda")})
+    after = here.rng_state()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    drawn = torch.rand(1)
+    here.set_rng_state(before)
+    assert torch.equal(torch.rand(1), drawn)

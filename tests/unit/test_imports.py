@@ -30,7 +30,7 @@ RULES = {
     "train": {"torch", "megatron", "nvidia_resiliency_ext", "yaml", "matplotlib", f"{OWN}.safe", f"{OWN}.train", f"{OWN}.model", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan", f"{OWN}.profile.rates", f"{OWN}.profile.timers"} | FILES | CONFIG,
     "doctor.py": {"torch", "boreal_kernels", "packaging"},
     "preflight": {"torch", "megatron", "boreal_kernels", "psutil", f"{OWN}.preflight", f"{OWN}.doctor", f"{OWN}.plan", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.model"} | CONFIG,
-    "acceptance": {"torch", "numpy", f"{OWN}.acceptance", f"{OWN}.preflight", f"{OWN}.doctor", f"{OWN}.plan", f"{OWN}.profile", f"{OWN}.parallel", f"{OWN}.data", f"{OWN}.model", f"{OWN}.train"} | CONFIG,
+    "acceptance": {"torch", "numpy", f"{OWN}.acceptance", f"{OWN}.preflight", f"{OWN}.doctor", f"{OWN}.plan", f"{OWN}.profile", f"{OWN}.parallel", f"{OWN}.platform", f"{OWN}.data", f"{OWN}.model", f"{OWN}.train"} | CONFIG,
     "dry_run.py": {"torch", "megatron", f"{OWN}.plan", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.model", f"{OWN}.train"} | CONFIG,
     "profile": {"torch", "matplotlib", f"{OWN}.cli", f"{OWN}.profile", f"{OWN}.page", f"{OWN}.train", f"{OWN}.data", f"{OWN}.platform", f"{OWN}.parallel", f"{OWN}.log", f"{OWN}.plan"} | FILES | CONFIG,
     "convert": {"torch", "safetensors", f"{OWN}.safe", "transformers", "numpy", f"{OWN}.convert", f"{OWN}.train", f"{OWN}.data", f"{OWN}.model", f"{OWN}.parallel"} | FILES | CONFIG,
