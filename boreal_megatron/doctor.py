@@ -59,7 +59,7 @@ COMPONENTS = (
     Component("flash-linear-attention", ">=0.6", "delta_rule=fla; exports on a GPU", "delta_rule=triton; torch"),
     Component("flash-qla", "==0.1.2", "delta_rule=flash_qla on Hopper", "delta_rule=triton"),
     Component("tilelang", "==0.1.9", "what flash-qla compiles with", "delta_rule=triton"),
-    Component("nvidia-resiliency-ext", ">=0.6", "background saves, persistent writer", "megatron-core's forked writer"),
+    Component("nvidia-resiliency-ext", ">=0.6", "its writer for background saves", "megatron-core's writer"),
     Component("gigatoken", ">=0.10,<0.11", "preprocessing about 20 times faster", "tokenizers"),
     Component("orjson", "", "faster .jsonl", "json"),
     Component("pyarrow", "", ".parquet inputs", "convert them to .jsonl"),

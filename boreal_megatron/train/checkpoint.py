@@ -164,7 +164,8 @@ def _background():
     if platform.current().writes_in_background() and nvrx.is_nvrx_min_version() and nvrx.has_nvrx_async_support():
         from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncCallsQueue
 
-        return "nvrx", AsyncCallsQueue()
+        # One process a save. For a persistent one that cannot start or dies, a run waits for ever (version 0.7.0).
+        return "nvrx", AsyncCallsQueue(persistent=False)
     return "mcore", async_utils.AsyncCallsQueue(persistent=False)
 
 

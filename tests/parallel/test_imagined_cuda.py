@@ -2,8 +2,10 @@
 of two devices never meet, and the host waits for the device where it is known to, and nowhere else."""
 
 import json
+import resource
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from tests.support.launch import MODEL, ROOT, boreal, digests, environment, metrics, write_config
@@ -71,6 +73,22 @@ def test_two_ranks_have_a_device_each(found, corpus, tmp_path):
     losses = [(m["loss"], m["mtp_loss"], m["gradient_norm"]) for m in metrics(tmp_path / "run").values()]
     assert losses == [pytest.approx(step, rel=1e-3) for step in found["cpu"][1]]
     assert all(len(m["expert_loads"]) == 2 for m in metrics(tmp_path / "run").values())
+
+
+@pytest.mark.skipif(find_spec("nvidia_resiliency_ext") is None, reason="nvidia-resiliency-ext is not installed")
+@pytest.mark.parametrize("blocks", [None, 1000], ids=["room", "no room"])
+def test_saves_in_the_background_by_nvidias_writer(blocks, found, corpus, tmp_path):
+    """The same bits; and a save that fails, because no file may have more than 1,000 KiB, is said and ends the run."""
+    words = (config(corpus, tmp_path), "checkpoint.async_save=true")
+    limited = None if blocks is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * blocks,) * 2)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.imagined_cuda", "boreal_megatron", "train", *map(str, words)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, preexec_fn=limited,
+    )  # fmt: skip
+    if blocks is None:
+        assert done.returncode == 0 and state(done.stdout, tmp_path) == found["cpu"]
+    else:
+        assert done.returncode == 1 and "was not saved: rank 0: Worker failure" in done.stderr
 
 
 @pytest.mark.slow
