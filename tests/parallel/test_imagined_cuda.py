@@ -66,6 +66,7 @@ def test_nothing_is_set_that_nobody_asked_for(found):
     assert not [name for name in found["environment"] if not name.startswith("NVTE_")]
 
 
+@pytest.mark.slow
 def test_two_ranks_have_a_device_each(found, corpus, tmp_path):
     """Also what only Python objects carry from one to the other. The same losses, added up in another order."""
     words = (config(corpus, tmp_path), "parallel.pipeline=2", "micro_batch=1")

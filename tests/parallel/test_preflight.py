@@ -41,7 +41,8 @@ def launches(tmp_path_factory):
         {"words": [str(folder / "run.yaml"), *more], "fault": fault, "out": str(folder / f"{fault}.txt")}
         for fault, more in words.items()
     ]
-    (folder / "plan.json").write_text(json.dumps(cases))
+    plan = [cases[:1], cases[1:2], cases[2:]]  # nobody else runs while speeds are compared
+    (folder / "plan.json").write_text(json.dumps(plan))
     run = subprocess.run(
         [sys.executable, "-m", "tests.support.preflight_worker", str(folder / "plan.json")],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,

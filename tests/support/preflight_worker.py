@@ -2,9 +2,9 @@
 
     python -m tests.support.preflight_worker PLAN.json
 
-PLAN.json: a list of {"words": of the command, "fault": name or null, "out": where rank 0's output goes}. Prints one
-JSON list, the exit codes of the two ranks of every case, None where a rank had to be ended. Ranks are forks of a
-process that has imported everything.
+PLAN.json: a list of lists of {"words": of the command, "fault": name or null, "out": where rank 0's output goes}; those
+of an inner list run at the same time. Prints one JSON list, the exit codes of the two ranks of every case, None where a
+rank had to be ended. Ranks are forks of a process that has imported everything.
 """
 
 import contextlib
@@ -130,21 +130,27 @@ def main(plan):
     quiet()
     doctor.examine()  # imports Triton and asks its assembler, once for all ranks
     codes = []
-    for case in json.loads(Path(plan).read_text()):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [
-            multiprocessing.get_context("fork").Process(target=rank, args=(number, port, case)) for number in range(2)
-        ]
-        for process in ranks:
-            process.start()
-        ranks[0].join(PATIENCE)
-        ranks[1].join(5)
-        codes.append([process.exitcode for process in ranks])
-        for process in ranks:
-            process.kill()
+    for cases in json.loads(Path(plan).read_text()):
+        launches = [start(case) for case in cases]
+        for ranks in launches:
+            ranks[0].join(PATIENCE)
+        for ranks in launches:
+            ranks[1].join(3)
+            codes.append([process.exitcode for process in ranks])
+            for process in ranks:
+                process.kill()
     print(json.dumps(codes))
+
+
+def start(case):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork").Process
+    ranks = [fork(target=rank, args=(number, port, case)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    return ranks
 
 
 def rank(number, port, case):
