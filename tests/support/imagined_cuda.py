@@ -334,6 +334,10 @@ def _functions():
     torch.accelerator.current_device_index, torch.accelerator.current_stream = given["current_device"], always(stream)
     torch.Generator = Generator
     T.record_stream = always(None)
+    profile = torch.profiler.profile
+    torch.profiler.profile = lambda activities, **options: profile(
+        activities=[a for a in activities if a != torch.profiler.ProfilerActivity.CUDA], **options
+    )
 
 
 def _autograd():
