@@ -202,7 +202,8 @@ def timed(bench, part, what, settings):
         for _ in range(scale.warmup):
             take()
         seconds = sorted(take()[1] for _ in range(scale.steps))[scale.steps // 2]
-        peak = peak_memory() and peak_memory() / GIB
+        taken = peak_memory()
+        peak = taken and taken / GIB
         try:
             kinds, why = shares(wrapped, take, bench.mesh), ""
         except Exception as error:  # must not cost what was measured

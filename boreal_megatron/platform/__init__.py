@@ -1,8 +1,8 @@
 """Where the program runs: CUDA with NCCL, or CPU with gloo. The same model code runs on both.
 
 `current()` picks once, by whether a CUDA device exists, and `Platform.setup()` prepares torch and megatron-core for it.
-Nobody else asks which platform it is: what differs is a method here. A third one, which a process asks for, only imagines
-its device and its peers.
+What the program does differently is a method here; which modules and kernels run is chosen by the device where they are
+(`model/provider.py`, `model/kernels.py`). A third platform, which a process asks for, only imagines its device and peers.
 """
 
 import contextlib

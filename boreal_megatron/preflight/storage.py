@@ -58,7 +58,7 @@ def write_and_read(here):
     """Rates of a flushed write and of a read that does not come from memory, and whether the bytes are the same."""
     size = BYTES[here.mesh.device.type]
     numbers = random.Random(here.mesh.rank)
-    data = b"".join(numbers.randbytes(MEBIBYTE) for _ in range(size // MEBIBYTE))  # at once, up to 256 of them
+    data = b"".join(numbers.randbytes(MEBIBYTE) for _ in range(size // MEBIBYTE))  # one call makes less than 256 MiB
     path = here.folder / f"preflight-{here.mesh.rank}.tmp"
     try:
         began = time.perf_counter()

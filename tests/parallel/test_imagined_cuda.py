@@ -25,7 +25,7 @@ def config(corpus, folder):
 
 @pytest.fixture(scope="module")
 def found(corpus, tmp_path_factory):
-    """What tests/support/imagined_worker.py found; `state` and `losses` of its run, `cpu` those of the same run here."""
+    """What tests/support/imagined_worker.py found; `state` of its run, `cpu` that of the same run on the CPU."""
     folder, here = tmp_path_factory.mktemp("imagined"), tmp_path_factory.mktemp("cpu")
     out = folder / "found.json"
     said = launch(1, "tests.support.imagined_worker", config(corpus, folder), out)
@@ -52,7 +52,17 @@ def state(text, folder):
 
 def test_devices_that_are_imagined_refuse_what_devices_refuse(found):
     assert found["device"] == "cuda:0"
-    assert not [mistake for mistake, message in found["noticed"].items() if message is None]
+    expected = {
+        "device and host": "aten::add.Tensor: expected one device",
+        "two devices": "aten::cat: expected one device",
+        "a gradient's": "aten::mul.Tensor: expected one device",
+        "NumPy": "can't convert cuda",
+        "NCCL and the host": "takes tensors of 0",
+        "a pickle": "aten::add.Tensor: expected one device",
+        "a kernel's": "is elsewhere",
+    }
+    assert found["noticed"].keys() == expected.keys()
+    assert not {name: message for name, message in found["noticed"].items() if expected[name] not in (message or "")}
 
 
 def test_a_run_has_a_cpus_bits(found):
@@ -103,8 +113,8 @@ def test_kernels_wait_for_nothing(found):
 
 
 def test_a_step_waits_where_it_has_to(found):
-    """For what is said or decided between steps, and for the dispatcher of the experts, once a layer; not within the
-    network, its loss or its optimizer."""
+    """For what is said or decided after the passes, and within them for megatron-core's dispatcher of the experts, once
+    a layer."""
     assert found["step"] == [
         ["boreal_megatron/platform/cuda.py", "the device", 2],  # that is the stop-watch
         ["boreal_megatron/train/step.py", "a copy to the host", 1],  # what the experts were given

@@ -70,7 +70,7 @@ def _asked(device):
 def _wait(what):
     """The line that asked, in this repository or in megatron-core."""
     for frame in reversed(traceback.extract_stack()):
-        name = frame.filename.replace("\\", "/")
+        name = frame.filename
         for package in ("boreal_megatron", "boreal_kernels", "megatron/core"):
             if f"/{package}/" in name:
                 waits[name[name.rindex(f"/{package}/") + 1 :], what] += 1
